@@ -6,10 +6,12 @@ Index letters, the same everywhere in the package: `n` example, `q` query, `s` s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,22 @@ class LayerGradient:
     def dense(self) -> Tensor:
         """The gradients themselves, shape [n, o, i]."""
         return torch.einsum("nso,nsi->noi", self.output_grads, self.inputs)
+
+    def is_finite(self) -> Tensor:
+        """Whether an example's factors are all finite, bool [n]."""
+        # one pass: a sum is finite only if all of its terms are
+        return (self.inputs.sum((1, 2)) + self.output_grads.sum((1, 2))).isfinite()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[LayerGradient]) -> LayerGradient:
+        """The examples of several batches; those with fewer positions are padded with zeros."""
+        longest = max(part.positions for part in parts)
+        return cls(
+            torch.cat([_padded(part.inputs, longest) for part in parts]),
+            torch.cat([_padded(part.output_grads, longest) for part in parts]),
+        )
+
+
+def _padded(values: Tensor, positions: int) -> Tensor:
+    missing = positions - values.shape[1]
+    return pad(values, (0, 0, 0, missing)) if missing else values

@@ -1,0 +1,11 @@
+"""Influence functions for PyTorch Lightning: captured while the model trains, asked for ever after."""
+
+from lightning_influence.callback import InfluenceCallback
+from lightning_influence.curvature import HeuristicDamping
+from lightning_influence.errors import InfluenceError
+from lightning_influence.module import InfluenceModule
+from lightning_influence.query import Attribution
+
+__version__ = "0.1.0"
+
+__all__ = ["Attribution", "HeuristicDamping", "InfluenceCallback", "InfluenceError", "InfluenceModule"]

@@ -1,0 +1,202 @@
+"""`InfluenceCallback`: captures per-example gradients while a Lightning `Trainer` trains."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_influence.attachment import attachment_state
+from lightning_influence.layer_record import CodecName
+from lightning_influence.step import LossKind
+from lightning_influence.training.session import CaptureOptions, CaptureSession
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+OnError = Literal["warn", "raise"]
+
+
+def _guarded(
+    hook: Callable[Concatenate[InfluenceCallback, P], None],
+) -> Callable[Concatenate[InfluenceCallback, P], None]:
+    """A failure of ours ends capture; it ends training only with `on_error="raise"`."""
+
+    @functools.wraps(hook)
+    def wrapped(self: InfluenceCallback, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            self._fail(error)
+
+    return wrapped
+
+
+class InfluenceCallback(Callback):
+    """Writes the factors and per-example gradients of the final epoch to one file, while training.
+
+    Training is not changed: weights, logged values and checkpoints are the same to the last bit.
+    What is stored is the gradient of each example's own loss, summed over its positions, with batch
+    mean, gradient accumulation and AMP scale divided out, at the row of its dataset index. If the
+    run may stop early (early stopping, a time or step limit), each epoch is captured in turn and
+    replaces the one before, so that the file always holds the last complete one.
+
+    Args:
+        path: of the file; an older file there is replaced when the new one is complete.
+        layers: names or glob patterns of the layers to attribute (`["encoder.*"]`); None takes all
+            that are supported. What is left out is reported.
+        codec: how gradients are stored: "pairs" (inputs and output gradients, int8; also
+            "pairs-float16" and "pairs-float32"), "eigen" (leading eigen-coordinates), or "auto":
+            pairs for layers used on vectors, eigen for layers used on sequences.
+        fisher: "empirical", from the training labels, at no extra cost.
+        loss: "auto" recognises the functions of `torch.nn.functional`; for any other loss, "mean"
+            or "sum" declares what the value that `training_step` returns is over the examples.
+        bytes_per_example: budget of the eigen codec over all its layers.
+        on_error: "warn": a failure of ours ends capture with one warning, and training goes on;
+            "raise": it ends training.
+        index_fn: a function from a batch to the dataset index of each row, for data whose sampler
+            does not know them.
+
+    Example::
+
+        trainer = Trainer(max_epochs=10, callbacks=[InfluenceCallback("influence.h5")])
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "influence.h5",
+        *,
+        layers: list[str] | None = None,
+        codec: CodecName = "auto",
+        fisher: Literal["empirical"] = "empirical",
+        loss: LossKind = "auto",
+        bytes_per_example: int = 8192,
+        on_error: OnError = "warn",
+        index_fn: Callable[[Any], Sequence[int] | Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("codec", codec, get_args(CodecName))
+        _check_choice("fisher", fisher, ("empirical",))
+        _check_choice("loss", loss, get_args(LossKind))
+        _check_choice("on_error", on_error, get_args(OnError))
+        if bytes_per_example < 1:
+            raise ValueError(f"`bytes_per_example` must be positive, got {bytes_per_example}.")
+        self.options = CaptureOptions(Path(path), layers, codec, bytes_per_example, fisher, loss, index_fn)
+        self.on_error = on_error
+        self._session: CaptureSession | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks that write to different files can live in one trainer."""
+        return self._generate_state_key(path=str(self.options.path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ties a checkpoint to its file; plain strings, loadable with `weights_only=True`."""
+        session = self._session
+        if session is None:
+            return {}
+        trainer = session.trainer
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        status = "capturing" if session.finished_epoch is None else "complete"
+        return attachment_state(session.store_id, self.options.path, Path(folder), status)
+
+    @_guarded
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the layers and watch the dataloader that is about to be made."""
+        if stage != "fit":
+            return
+        self._close()
+        self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex)
+        self._session.start()
+
+    @_guarded
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decide which epochs are captured."""
+        if self._session is not None:
+            self._session.start_training()
+
+    @_guarded
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin an epoch."""
+        if self._session is not None:
+            self._session.start_epoch()
+
+    @_guarded
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the batch's indices; arm the hooks where gradients are wanted."""
+        if self._session is not None:
+            self._session.start_batch(batch, batch_idx)
+
+    @_guarded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Count backwards; prepare the check against `.grad`."""
+        if self._session is not None:
+            self._session.before_backward()
+
+    @_guarded
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the captured gradients against `.grad`, once a run."""
+        if self._session is not None:
+            self._session.after_backward()
+
+    @_guarded
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in the gradients; after the last batch, finish the file."""
+        if self._session is not None:
+            self._session.end_batch(outputs)
+
+    @_guarded
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop an epoch that did not reach its last batch."""
+        if self._session is not None:
+            self._session.end_epoch()
+
+    @_guarded
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if no file was written."""
+        if self._session is not None:
+            self._session.end_training()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook and no unfinished file (Lightning calls no `teardown` after an exception)."""
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave everything as it was."""
+        if stage == "fit":
+            self._close()
+
+    def _close(self) -> None:
+        """Close the session, whatever happens; it stays known to later checkpoints if it has a file."""
+        if self._session is None:
+            return
+        try:
+            self._session.close()
+        except Exception:  # cleaning up must not hide the user's own exception
+            logger.exception("InfluenceCallback could not clean up after itself")
+
+    def _fail(self, error: Exception) -> None:
+        self._close()
+        self._session = None
+        if self.on_error == "raise":
+            raise error
+        logger.debug("capture failed", exc_info=error)
+        rank_zero_warn(
+            f"InfluenceCallback has stopped capturing; training goes on. {type(error).__name__}: {error}"
+        )
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

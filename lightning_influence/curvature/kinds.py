@@ -1,0 +1,48 @@
+"""EK-FAC, K-FAC and the identity, all over the same stored factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.base import register_curvature
+from lightning_influence.curvature.damping import Damping
+from lightning_influence.functional.kronecker import Eigenbasis
+
+
+class EKFAC:
+    """Eigenvalue-corrected K-FAC: 1 / (Lambda + damping) (George et al. 2018, arXiv:1806.03884)."""
+
+    def inverse_eigenvalues(self, basis: Eigenbasis, Lambda: Tensor, damping: Damping) -> Tensor:
+        """Eigenvalues of the damped inverse, shape [o, i]."""
+        return _invert(Lambda, damping)
+
+
+class KFAC:
+    """K-FAC: 1 / (eigenvalues of S times eigenvalues of A + damping).
+
+    Martens & Grosse 2015, arXiv:1503.05671; damped as a whole, not factor by factor.
+    """
+
+    def inverse_eigenvalues(self, basis: Eigenbasis, Lambda: Tensor, damping: Damping) -> Tensor:
+        """Eigenvalues of the damped inverse, shape [o, i]."""
+        products = torch.outer(basis.eigenvalues_S, basis.eigenvalues_A)
+        return _invert(products, damping)
+
+
+class Identity:
+    """No curvature: scores are plain dot products of gradients; damping has no effect."""
+
+    def inverse_eigenvalues(self, basis: Eigenbasis, Lambda: Tensor, damping: Damping) -> Tensor:
+        """Ones, shape [o, i]."""
+        return torch.ones_like(Lambda)
+
+
+def _invert(eigenvalues: Tensor, damping: Damping) -> Tensor:
+    damped = eigenvalues + damping(eigenvalues)
+    return 1 / damped.where(damped > 0, torch.inf)  # a layer without any gradient says nothing
+
+
+register_curvature("ekfac", EKFAC())
+register_curvature("kfac", KFAC())
+register_curvature("identity", Identity())

@@ -1,0 +1,48 @@
+"""`torchmetrics.Metric` with what large matrix sums need.
+
+Four things differ from the plain base class. Processes are joined by an all-reduce in place (gather
+and stack would hold one copy a process). `compute` keeps no second copy of its result. Loading a
+state checks its shape. Casts such as `.to(torch.bfloat16)` move the sums but leave their precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+
+class SumMetric(Metric):
+    """A metric whose states are tensors that add up over batches and processes."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(compute_with_cache=False)
+
+    def add_sum(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Register a state of zeros that is summed over processes."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum", persistent=True)
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        for name in self._defaults:
+            torch.distributed.all_reduce(getattr(self, name), group=process_group or self.process_group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def move(state: Tensor) -> Tensor:
+            return state.to(fn(torch.empty(0, device=state.device, dtype=state.dtype)).device)
+
+        return super()._apply(move, exclude_state)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, default in self._defaults.items():
+            found = state_dict.get(prefix + name)
+            if found is not None and found.shape != default.shape:
+                raise ValueError(
+                    f"State {prefix + name!r} must have shape {tuple(default.shape)}, "
+                    f"got {tuple(found.shape)}: it belongs to another layer."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""Stateless mathematics on tensors; nothing here knows of models, files or trainers."""

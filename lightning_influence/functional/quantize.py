@@ -1,0 +1,61 @@
+"""Rounding of rows to a few bits, with a scale for each group of neighbouring entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+GROUP = 64
+INT8_MAX = 127
+
+
+def group_count(width: int) -> int:
+    """Number of groups that a row of `width` entries has; the last one may be short."""
+    return -(-width // GROUP)
+
+
+def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each group of 64 entries to int8 with the scale max|group| / 127.
+
+    The error of an entry is at most half its group's scale: |x - x'| <= max|group| / 254.
+
+    Args:
+        values: shape [..., d].
+
+    Returns:
+        Codes int8 [..., d] and scales float32 [..., ceil(d / 64)].
+
+    Example:
+        >>> codes, scales = quantize_int8(torch.tensor([[0.5, -1.0, 0.0]]))
+        >>> codes.tolist(), dequantize_int8(codes, scales)[0, 1].item()
+        ([[64, -127, 0]], -1.0)
+    """
+    width = values.shape[-1]
+    groups = pad(values, (0, group_count(width) * GROUP - width)).unflatten(-1, (-1, GROUP))
+    scales = groups.abs().amax(-1).float() / INT8_MAX
+    divisors = scales.where(scales > 0, 1).unsqueeze(-1)
+    codes = (groups / divisors).round_().clamp_(-INT8_MAX, INT8_MAX)  # tiny scales round coarsely
+    return codes.flatten(-2)[..., :width].to(torch.int8), scales
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 values [..., d] of codes [..., d] and scales [..., ceil(d / 64)]."""
+    width = codes.shape[-1]
+    if width % GROUP == 0:
+        return (codes.float().unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(-2)
+    return codes.float() * scales.repeat_interleave(GROUP, dim=-1)[..., :width]
+
+
+def quantize_float16(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows [..., d] to float16 after dividing by max|row|; scales are float32 [..., 1].
+
+    Without the scale, gradients below 6e-8 would become zero.
+    """
+    scales = values.abs().amax(-1, keepdim=True).float()
+    return (values / scales.where(scales > 0, 1)).half(), scales
+
+
+def dequantize_float16(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 values [..., d] of codes [..., d] and scales [..., 1]."""
+    return codes.float() * scales

@@ -1,0 +1,103 @@
+"""Hooks that see a step's layer inputs and output gradients, and leave everything as it was.
+
+A forward hook registers a *tensor* hook on the layer's output, with the input in its closure. Of the
+ways to get at output gradients this is the one that is right under in-place activations, reused
+modules, both kinds of activation checkpointing and autocast, and that needs no second backward;
+module backward hooks raise, and `autograd.grad` on saved outputs is silently wrong, after an
+in-place ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence.errors import LayerError
+from lightning_influence.gradients import LayerGradient
+from lightning_influence.layers.coverage import TrackedLayer
+
+
+class GradientCapture:
+    """Context manager: records (input, output gradient) for every call of the tracked layers.
+
+    Nothing is attached to a module outside the `with` block, and nothing that the hooks do can
+    raise or change a gradient. A layer called several times contributes the sum of its calls, as
+    further shared positions.
+    """
+
+    def __init__(self, layers: Mapping[str, TrackedLayer]) -> None:
+        self.layers = layers
+        self._records: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> GradientCapture:
+        self._remove()
+        self._records = {name: [] for name in self.layers}
+        for name, layer in self.layers.items():
+            hook = _forward_hook(self._records[name])
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def clear(self) -> None:
+        """Forget the records, so that a step's activations can be freed."""
+        self._records = {}
+
+    @property
+    def unseen(self) -> list[str]:
+        """Layers of which no call took part in a backward."""
+        return [name for name in self.layers if not self._records.get(name)]
+
+    def gradients(self) -> dict[str, LayerGradient]:
+        """Gradients as back-propagated (no scale divided out) of every layer that was seen.
+
+        Raises:
+            LayerError: naming the layer whose inputs do not have the batch first.
+        """
+        return {name: self._gradient(name) for name, seen in self._records.items() if seen}
+
+    def _gradient(self, name: str) -> LayerGradient:
+        layer = self.layers[name]
+        try:
+            calls = [
+                layer.gradient(layer_input, output_grad) for layer_input, output_grad in self._records[name]
+            ]
+        except LayerError as error:
+            raise LayerError(f"Layer {name!r}: {error}") from error
+        if len(calls) == 1:
+            return calls[0]
+        if len({len(call) for call in calls}) > 1:
+            raise LayerError(
+                f"Layer {name!r} was called {len(calls)} times in one step with different numbers of "
+                f"rows: {[len(call) for call in calls]}; rows must be the batch's examples in every call."
+            )
+        return LayerGradient(
+            torch.cat([call.inputs for call in calls], dim=1),
+            torch.cat([call.output_grads for call in calls], dim=1),
+        )
+
+
+def _forward_hook(records: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+            return
+        layer_input = next(iter((*args, *kwargs.values()))).detach()
+        # list.append returns None: a hook that returns a tensor would replace the gradient.
+        output.register_hook(lambda grad: records.append((layer_input, grad.detach())))
+
+    return hook

@@ -1,0 +1,40 @@
+"""`nn.Linear`: y = W a + b on inputs [n, ..., i]."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_influence.errors import LayerError
+from lightning_influence.gradients import LayerGradient
+from lightning_influence.layers.base import LayerAdapter, register_adapter
+
+
+class LinearAdapter(LayerAdapter):
+    """Exact for `nn.Linear` and subclasses that keep its forward, unless parametrized."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module computes W a + b with a W of its own."""
+        return (
+            isinstance(module, nn.Linear)
+            and type(module).forward is nn.Linear.forward
+            and not parametrize.is_parametrized(module)
+        )
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
+    def gradient(self, module: nn.Module, layer_input: Tensor, output_grad: Tensor) -> LayerGradient:
+        """Inputs [n, ..., i] become [n, s, i]."""
+        if layer_input.ndim < 2:
+            raise LayerError(
+                "expected inputs [n, ..., in_features] with the batch first, got shape "
+                f"{tuple(layer_input.shape)}; add a batch dimension."
+            )
+        n, i, o = len(layer_input), layer_input.shape[-1], output_grad.shape[-1]
+        return LayerGradient(layer_input.reshape(n, -1, i), output_grad.reshape(n, -1, o))
+
+
+register_adapter(LinearAdapter())

@@ -1,0 +1,263 @@
+"""`InfluenceModule`: asks a file of captured gradients, with the model that they belong to."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_influence.attachment import check_weights, find_store
+from lightning_influence.curvature import Curvature, Damping
+from lightning_influence.errors import WeightsMismatchError
+from lightning_influence.gradients import LayerGradient
+from lightning_influence.layers import Coverage, TrackedLayer, find_adapter
+from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery
+from lightning_influence.step import LossKind
+from lightning_influence.store import StoreReader
+from lightning_influence.training.asking import Measurement, example_gradients
+
+
+class InfluenceModule(LightningModule):
+    """Answers which training examples made the model say what it says, from its file alone.
+
+    A score is positive where up-weighting the training example raises the query's measurement (a
+    helpful example, a proponent), and negative where it lowers it. Minus the score over the number
+    of training examples estimates what removing the example does to the measurement, in its units
+    (nats for a log-likelihood). The default measurement is minus the query's loss, found in the
+    model's own `training_step`, run in eval mode.
+
+    Use `from_checkpoint` or `attach`. As a `LightningModule` it works with `trainer.predict`, whose
+    batches must be as `training_step` takes them; set `query_options` to pass arguments to `top_k`.
+
+    Args:
+        model: the trained model.
+        store: its file.
+    """
+
+    def __init__(self, model: nn.Module, store: StoreReader) -> None:
+        super().__init__()
+        self.model = model
+        self.store = store
+        self.query_options: dict[str, Any] = {}
+        self._tracked = _find_layers(model, store)
+        self._query: InfluenceQuery | None = None
+
+    @classmethod
+    def attach(cls, model: nn.Module, store: str | os.PathLike[str] | StoreReader) -> InfluenceModule:
+        """Join a model that is at hand and a file.
+
+        Raises:
+            StoreError: one of its children, if the file cannot be used.
+            WeightsMismatchError: if the weights are not those that the file was captured for.
+        """
+        reader = store if isinstance(store, StoreReader) else StoreReader(store)
+        check_weights(model, reader)
+        return cls(model, reader)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        model: LightningModule | type[LightningModule],
+        store: str | os.PathLike[str] | None = None,
+        **load_kwargs: Any,
+    ) -> InfluenceModule:
+        """Load a checkpoint and find the file that belongs to it.
+
+        Args:
+            checkpoint: path of a Lightning checkpoint.
+            model: the class, loaded with `load_from_checkpoint`, or an instance to load weights into.
+            store: the file's path, if it is not where the checkpoint says.
+            load_kwargs: for `load_from_checkpoint`.
+
+        Raises:
+            StoreError: one of its children, if the file cannot be found or used.
+            WeightsMismatchError: if the checkpoint's weights are not the file's.
+        """
+        weights_only = load_kwargs.get("weights_only", True)
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+        reader = find_store(checkpoint, loaded) if store is None else StoreReader(store)
+        if isinstance(model, LightningModule):
+            model.load_state_dict(loaded["state_dict"])
+        else:
+            load_kwargs.setdefault("map_location", "cpu")
+            model = model.load_from_checkpoint(checkpoint, **load_kwargs)
+        return cls.attach(model, reader)
+
+    def scores(
+        self,
+        batch: Any,
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        measurement: Measurement | None = None,
+    ) -> Tensor:
+        """Scores of every training example for every query in the batch.
+
+        Args:
+            batch: q queries, as `training_step` takes a batch (labels are part of the question:
+                "why this answer?" takes the answer as the label).
+            damping: added to each layer's eigenvalues: a rule, by default 0.1 times their mean, or
+                a number. Costs nothing to change.
+            curvature: "ekfac", "kfac" or "identity" (plain dot products of gradients).
+            measurement: `measurement(model, batch) -> [q]`, to ask about anything else than the
+                log-likelihood, such as a margin; row j must depend on query j only.
+
+        Returns:
+            Shape [q, N], on the CPU; NaN for training examples without a valid row.
+
+        Raises:
+            QueryError: if the queries' gradients cannot be had.
+        """
+        gradients = self._gradients(self._transferred(batch), measurement)
+        return self._engine().scores(gradients, damping=damping, curvature=curvature)
+
+    def top_k(
+        self,
+        batch: Any,
+        k: int = 10,
+        *,
+        largest: bool = True,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        measurement: Measurement | None = None,
+    ) -> Attribution:
+        """The k training examples with the largest scores (`largest=False`: the smallest)."""
+        self._engine().check_k(k)
+        gradients = self._gradients(self._transferred(batch), measurement)
+        return self._engine().top_k(gradients, k, largest=largest, damping=damping, curvature=curvature)
+
+    def self_influence(
+        self, *, damping: Damping | float = DEFAULT_DAMPING, curvature: str | Curvature = "ekfac"
+    ) -> Tensor:
+        """How much each training example bends the model for itself, shape [N].
+
+        Mislabelled and atypical examples come out on top.
+        """
+        return self._engine().self_influence(damping=damping, curvature=curvature)
+
+    def removal_effect(
+        self,
+        batch: Any,
+        indices: Tensor | np.ndarray | list[int],
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        measurement: Measurement | None = None,
+    ) -> Tensor:
+        """Predicted change of each query's measurement if these training examples were removed.
+
+        First order in the group's size; in the measurement's units. The order of the predictions is
+        more reliable than their size, since the empirical Fisher is not the Hessian.
+
+        Args:
+            batch: q queries.
+            indices: dataset indices to remove together, each once.
+            damping: as in `scores`.
+            curvature: as in `scores`.
+            measurement: as in `scores`.
+
+        Returns:
+            Shape [q].
+
+        Raises:
+            QueryError: if an index has no valid row or occurs twice.
+        """
+        scores = self.scores(batch, damping=damping, curvature=curvature, measurement=measurement)
+        return self._engine().removal_effect(scores, indices)
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which parameters are attributed, and why the others are not."""
+        return self._engine().coverage
+
+    def summary(self) -> str:
+        """What the file holds, in a few lines."""
+        facts = self.store.attributes
+        codecs = {entry["name"]: entry["codec"] for entry in self.store.document("layers")}
+        return "\n".join(
+            [
+                f"{self.store.path}: {facts['num_examples']:,} examples, {facts['rows_written']:,} with rows, "
+                f"{facts['rows_missing']:,} missing, {facts['rows_invalid']:,} invalid",
+                f"captured in epoch {facts['epoch']}, steps {facts['step_start']} to {facts['step_end']}, "
+                f"{facts['fisher']} Fisher, {facts['bytes_per_row']:,} bytes per row",
+                f"staleness: {_staleness_text(facts)}",
+                f"layers: {', '.join(f'{name} ({codec})' for name, codec in codecs.items())}",
+                str(self.coverage),
+            ]
+        )
+
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
+        """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
+        options = dict(self.query_options)
+        k, largest = options.pop("k", 10), options.pop("largest", True)
+        self._engine().check_k(k)
+        gradients = self._gradients(batch, options.pop("measurement", None))
+        return self._engine().top_k(gradients, k, largest=largest, **options)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The model's own hook: its batches are prepared as in training."""
+        return _hook(self.model, "on_before_batch_transfer", batch, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The model's own hook."""
+        return _hook(self.model, "on_after_batch_transfer", batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The model's own hook."""
+        if isinstance(self.model, LightningModule):
+            return self.model.transfer_batch_to_device(batch, device, dataloader_idx)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _transferred(self, batch: Any) -> Any:
+        batch = self.on_before_batch_transfer(batch, 0)
+        batch = self.transfer_batch_to_device(batch, self.device, 0)
+        return self.on_after_batch_transfer(batch, 0)
+
+    def _engine(self) -> InfluenceQuery:
+        device = next(self.model.parameters()).device
+        if self._query is None or self._query.device != device:
+            self._query = InfluenceQuery(self.store, device)
+        return self._query
+
+    def _gradients(self, batch: Any, measurement: Measurement | None) -> dict[str, LayerGradient]:
+        """Gradients of minus the measurement, of each query and layer."""
+        loss = cast(LossKind, self.store.attributes.get("loss", "auto"))
+        asked = example_gradients(self.model, self._tracked, batch, loss=loss, measurement=measurement)
+        return asked.gradients
+
+
+def _find_layers(model: nn.Module, store: StoreReader) -> dict[str, TrackedLayer]:
+    tracked = {}
+    has_bias = {entry["name"]: entry["has_bias"] for entry in store.document("layers")}
+    for name in store.layers:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise WeightsMismatchError(
+                f"{store.path} has gradients of layer {name!r}, which {type(model).__name__} does not have; "
+                "pass the model that was trained."
+            ) from error
+        adapter = find_adapter(module)
+        if adapter is None:
+            raise WeightsMismatchError(
+                f"{store.path} has gradients of layer {name!r}, but {type(module).__name__} is no supported "
+                "layer; pass the model as it was trained."
+            )
+        tracked[name] = TrackedLayer(module, adapter, has_bias[name])
+    return tracked
+
+
+def _hook(model: nn.Module, name: str, batch: Any, dataloader_idx: int) -> Any:
+    return getattr(model, name)(batch, dataloader_idx) if isinstance(model, LightningModule) else batch
+
+
+def _staleness_text(facts: dict[str, Any]) -> str:
+    value = facts["staleness_spearman"]
+    if np.isnan(value):
+        return "not measured"
+    return f"Spearman {value:.3f} between scores of rows as captured and at the final weights"

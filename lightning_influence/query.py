@@ -1,0 +1,218 @@
+"""The core of queries without any framework: scores from a file's arrays, chunk by chunk.
+
+All scores are sums over the layers of inner products of preconditioned query gradients with stored
+rows (see `scoring`). Damping and curvature are arguments of the call and leave nothing behind: the
+same call twice gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature import (
+    Curvature,
+    Damping,
+    HeuristicDamping,
+    as_damping,
+    get_curvature,
+)
+from lightning_influence.errors import CorruptStoreError, QueryError
+from lightning_influence.functional.ranking import top_k
+from lightning_influence.gradients import LayerGradient
+from lightning_influence.layers import Coverage
+from lightning_influence.scoring import ScoredLayer
+from lightning_influence.store import StoreReader
+
+CHUNK_EXAMPLES = 4096
+DEFAULT_DAMPING = HeuristicDamping(0.1)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The training examples that speak loudest for each query.
+
+    Args:
+        indices: dataset indices, int64 [q, k], best first.
+        scores: their scores, [q, k], in the measurement's units times the number of training
+            examples; positive: up-weighting the example raises the measurement (a proponent).
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+class InfluenceQuery:
+    """Answers from one file, given the queries' gradients.
+
+    Args:
+        store: the file.
+        device: where to compute; rows are read in chunks and moved there.
+
+    Raises:
+        CorruptStoreError: if what the file says of its layers does not fit its arrays.
+    """
+
+    def __init__(self, store: StoreReader, device: torch.device | str = "cpu") -> None:
+        self.store = store
+        self.device = torch.device(device)
+        self.layers = {
+            entry["name"]: _load_layer(store, entry, self.device) for entry in _described_layers(store)
+        }
+        self.coverage = Coverage.from_builtins(store.document("coverage"))
+        self.valid = torch.from_numpy(store.column("valid").astype(bool))
+
+    @property
+    def num_examples(self) -> int:
+        """Length of the dataset, N."""
+        return self.store.num_examples
+
+    def scores(
+        self,
+        queries: Mapping[str, LayerGradient],
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+    ) -> Tensor:
+        """Scores of every training example for every query.
+
+        Args:
+            queries: by layer, the gradients of *minus* the measurement, q of them.
+            damping: a rule, or a number added to every eigenvalue.
+            curvature: "ekfac", "kfac", "identity", or one's own.
+
+        Returns:
+            Shape [q, N], NaN for examples without a valid row.
+        """
+        kind, rule = get_curvature(curvature), as_damping(damping)
+        projected = {
+            name: layer.precondition(_to(queries[name], self.device), kind, rule)
+            for name, layer in self.layers.items()
+        }
+        q = len(next(iter(projected.values())))
+        scores = torch.zeros(q, self.num_examples)
+        for rows, name, arrays in self._chunks():
+            scores[:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
+        return scores.masked_fill(~self.valid, torch.nan)
+
+    def top_k(
+        self,
+        queries: Mapping[str, LayerGradient],
+        k: int = 10,
+        *,
+        largest: bool = True,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+    ) -> Attribution:
+        """The k training examples with the largest (or smallest) scores of each query."""
+        self.check_k(k)
+        scores = self.scores(queries, damping=damping, curvature=curvature)
+        values, indices = top_k(scores, k, largest=largest)
+        return Attribution(indices, values)
+
+    def check_k(self, k: int) -> None:
+        """Refuse a k that the file cannot give.
+
+        Raises:
+            ValueError: unless 1 <= k <= number of valid rows.
+        """
+        rows = int(self.valid.sum())
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= rows:
+            raise ValueError(f"`k` must be an integer from 1 to {rows}, the number of valid rows, got {k!r}.")
+
+    def self_influence(
+        self, *, damping: Damping | float = DEFAULT_DAMPING, curvature: str | Curvature = "ekfac"
+    ) -> Tensor:
+        """Grad L_n^T (G + damping)^-1 grad L_n of every training example.
+
+        Large where the model has to bend for one example: mislabelled and atypical ones.
+
+        Returns:
+            Shape [N], NaN for examples without a valid row.
+        """
+        kind, rule = get_curvature(curvature), as_damping(damping)
+        result = torch.zeros(self.num_examples)
+        for rows, name, arrays in self._chunks():
+            result[rows] += self.layers[name].self_influence(arrays, kind, rule).cpu()
+        return result.masked_fill(~self.valid, torch.nan)
+
+    def removal_effect(self, scores: Tensor, indices: Tensor | np.ndarray | list[int]) -> Tensor:
+        """Predicted change of the measurement if these training examples were removed.
+
+        The first-order estimate -sum_m score[q, m] / N with N the examples that were trained on
+        (Koh & Liang 2017, arXiv:1703.04730, Section 2.1), in the measurement's units.
+
+        Args:
+            scores: of `scores`, shape [q, N].
+            indices: dataset indices, each once.
+
+        Returns:
+            Shape [q].
+
+        Raises:
+            QueryError: if an index occurs twice, is out of range or has no valid row.
+        """
+        chosen = torch.as_tensor(indices).flatten().long()
+        self._check_removed(chosen)
+        trained_on = int(self.store.column("written").sum())
+        return -scores[:, chosen].sum(1) / trained_on
+
+    def _check_removed(self, chosen: Tensor) -> None:
+        if len(chosen.unique()) < len(chosen):
+            raise QueryError("`indices` names an example twice; an example can be removed once.")
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_examples:
+            raise QueryError(
+                f"`indices` must lie in 0..{self.num_examples - 1}, the dataset of {self.store.path}, "
+                f"got {int(chosen.min())}..{int(chosen.max())}."
+            )
+        without = chosen[~self.valid[chosen]]
+        if len(without):
+            raise QueryError(
+                f"{len(without)} of `indices` have no valid row in {self.store.path} (the first is "
+                f"{int(without[0])}): training did not see them, or their gradient was not finite."
+            )
+
+    def _chunks(self) -> Iterator[tuple[slice, str, dict[str, Tensor]]]:
+        for name in self.layers:
+            maps = self.store.rows(name)
+            for start in range(0, self.num_examples, CHUNK_EXAMPLES):
+                rows = slice(start, min(start + CHUNK_EXAMPLES, self.num_examples))
+                arrays = {key: torch.from_numpy(np.array(a[rows])) for key, a in maps.items()}
+                yield rows, name, {key: array.to(self.device) for key, array in arrays.items()}
+
+
+def _described_layers(store: StoreReader) -> list[dict]:
+    described = store.document("layers")
+    names = [entry.get("name") for entry in described] if isinstance(described, list) else None
+    if names is None or sorted(names) != sorted(store.layers):
+        raise CorruptStoreError(
+            f"{store.path}: the document 'layers' names {names}, but there are arrays for "
+            f"{list(store.layers)}. Restore a copy or capture again."
+        )
+    return described
+
+
+def _load_layer(store: StoreReader, entry: Mapping, device: torch.device) -> ScoredLayer:
+    name = entry["name"]
+    try:
+        factors = store.factors(name)
+        layer = ScoredLayer.from_arrays(factors, entry["codec"], entry["config"], device)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CorruptStoreError(
+            f"{store.path}: layer {name!r} cannot be read: {error}. Restore a copy or capture again."
+        ) from error
+    found = {key: (array.shape[1:], array.dtype.str[1:]) for key, array in store.rows(name).items()}
+    if found != layer.codec.arrays():
+        raise CorruptStoreError(
+            f"{store.path}: layer {name!r} must have the row arrays {layer.codec.arrays()}, found {found}. "
+            "Restore a copy or capture again."
+        )
+    return layer
+
+
+def _to(gradient: LayerGradient, device: torch.device) -> LayerGradient:
+    return LayerGradient(gradient.inputs.to(device), gradient.output_grads.to(device))

@@ -1,0 +1,97 @@
+"""What a file knows of one layer, and the scores that follow from it.
+
+score[q, m] = -grad f_q^T (G + damping)^-1 grad L_m, with f the measurement and L the training loss
+(Grosse et al. 2023, arXiv:2308.03296, Eq. (12), up to the factor 1/N). With the default measurement
+f = -L this is grad L_q^T (G + damping)^-1 grad L_m: positive where up-weighting the training example
+m raises the query's log-likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_influence.codecs import Codec, codec_from_config
+from lightning_influence.curvature import Curvature, Damping
+from lightning_influence.functional.kronecker import Eigenbasis
+from lightning_influence.gradients import LayerGradient
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """One layer's eigenbasis, eigenvalues and codec.
+
+    Args:
+        basis: the Kronecker eigenbasis.
+        Lambda: EK-FAC's eigenvalues, shape [o, i].
+        codec: what the rows are written in.
+    """
+
+    basis: Eigenbasis
+    Lambda: Tensor
+    codec: Codec
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Basis, eigenvalues and the codec's state, as a file holds them."""
+        tensors = {**vars(self.basis), "Lambda": self.Lambda, **self.codec.state()}
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        codec_id: str,
+        config: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+    ) -> ScoredLayer:
+        """The inverse of `to_arrays`.
+
+        Raises:
+            ValueError, KeyError or TypeError: if the arrays do not fit together.
+        """
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        names = ("Q_A", "Q_S", "eigenvalues_A", "eigenvalues_S", "Lambda")
+        Q_A, Q_S, eigenvalues_A, eigenvalues_S, Lambda = (tensors.pop(name) for name in names)
+        basis = Eigenbasis(Q_A, Q_S, eigenvalues_A, eigenvalues_S)
+        o, i = Lambda.shape
+        shapes = {"Q_A": (i, i), "Q_S": (o, o), "eigenvalues_A": (i,), "eigenvalues_S": (o,)}
+        for name, shape in shapes.items():
+            if getattr(basis, name).shape != shape:
+                raise ValueError(
+                    f"{name} must be {shape} beside Lambda {(o, i)}, got {tuple(arrays[name].shape)}"
+                )
+        return cls(basis, Lambda, codec_from_config(codec_id, config, tensors, basis))
+
+    def precondition(self, query: LayerGradient, curvature: Curvature, damping: Damping) -> Tensor:
+        """(G + damping)^-1 times the queries' gradients, as the codec takes them."""
+        inverse = curvature.inverse_eigenvalues(self.basis, self.Lambda, damping)
+        return self.codec.project(self.basis.rotate(query) * inverse, self.basis)
+
+    def scores(self, preconditioned: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Scores of the arrays' rows, shape [q, n]."""
+        return self.codec.scores(preconditioned, arrays)
+
+    def self_influence(self, arrays: Mapping[str, Tensor], curvature: Curvature, damping: Damping) -> Tensor:
+        """Grad L_n^T (G + damping)^-1 grad L_n of each row, shape [n]."""
+        inverse = curvature.inverse_eigenvalues(self.basis, self.Lambda, damping)
+        return self.codec.quadratic(inverse, self.basis, arrays)
+
+
+def scores_between(
+    layers: Mapping[str, ScoredLayer],
+    queries: Mapping[str, LayerGradient],
+    arrays: Mapping[str, Mapping[str, Tensor]],
+    curvature: Curvature,
+    damping: Damping,
+) -> Tensor:
+    """Scores [q, n] of a few encoded rows, summed over the layers."""
+    parts = [
+        layer.scores(layer.precondition(queries[name], curvature, damping), arrays[name])
+        for name, layer in layers.items()
+    ]
+    return sum(parts[1:], start=parts[0])

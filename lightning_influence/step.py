@@ -1,0 +1,149 @@
+"""One step's per-example gradients: the hooks on the layers and the tap on the loss, together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.errors import LayerError, RowIndexError
+from lightning_influence.gradients import LayerGradient
+from lightning_influence.layers import GradientCapture, TrackedLayer
+from lightning_influence.losses import LossScale, LossTap, declared_scale
+
+LossKind = Literal["auto", "mean", "sum"]
+
+
+@dataclass(frozen=True)
+class StepGradients:
+    """What one step says about its n examples.
+
+    Args:
+        gradients: of each tracked layer, float32, of the examples' own summed losses.
+        losses: each example's loss, shape [n]; NaN where the loss was declared and not seen.
+        labels: each example's class, int64 [n], where the loss has one.
+        loss: what the loss was, in plain values.
+    """
+
+    gradients: dict[str, LayerGradient]
+    losses: Tensor
+    labels: Tensor | None
+    loss: dict[str, object]
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+
+class StepCapture:
+    """Context manager around one training step, forward and backward.
+
+    Args:
+        layers: the tracked layers.
+        loss: "auto" recognises the loss function that is called; "mean" and "sum" declare that the
+            back-propagated value is the mean or the sum over the batch's examples of their losses.
+    """
+
+    def __init__(self, layers: Mapping[str, TrackedLayer], *, loss: LossKind = "auto") -> None:
+        self.layers = layers
+        self.loss = loss
+        self._tap = LossTap()
+        self._hooks = GradientCapture(layers)
+        self._active = ExitStack()
+
+    def __enter__(self) -> StepCapture:
+        with ExitStack() as entered:
+            if "torch._dynamo" in sys.modules:  # compiled code would run without the hooks
+                entered.enter_context(torch.compiler.set_stance("force_eager"))
+            entered.enter_context(self._hooks)
+            if self.loss == "auto":
+                entered.enter_context(self._tap)
+            self._active = entered.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        self._active.close()
+
+    @property
+    def unseen(self) -> list[str]:
+        """Layers of which no call took part in a backward."""
+        return self._hooks.unseen
+
+    def raw_gradients(self) -> dict[str, LayerGradient]:
+        """Gradients of the layers that were seen, as back-propagated, no scale divided out."""
+        return self._hooks.gradients()
+
+    def gradients(self, n: int | None = None, *, backpropagated_factor: float = 1.0) -> StepGradients:
+        """Per-example gradients after the backward; forgets the step.
+
+        Args:
+            n: the number of examples in the batch; None takes the number of rows that layers saw.
+            backpropagated_factor: with a declared loss, what it was multiplied with before the
+                backward (1 / accumulation, times the AMP scale).
+
+        Raises:
+            LossNotRecognizedError: if the loss's scale cannot be known.
+            LayerError: if no layer was seen.
+            RowIndexError: if a layer's rows are not the batch's n examples.
+        """
+        raw = self.raw_gradients()
+        if not raw:
+            raise LayerError(
+                f"None of the {len(self.layers)} tracked layers took part in a backward; they are: "
+                f"{', '.join(self.layers)}. Do they run through their `__call__`, with gradients enabled?"
+            )
+        n = len(next(iter(raw.values()))) if n is None else n
+        for name, gradient in raw.items():
+            _check_rows(name, gradient, n)
+        scale = self._scale(n, backpropagated_factor)
+        gradients = {
+            name: _rescaled(raw[name], scale.factor) if name in raw else _zeros(layer, n, scale.losses)
+            for name, layer in self.layers.items()
+        }
+        self.clear()
+        return StepGradients(gradients, scale.losses, scale.labels, scale.description)
+
+    def clear(self) -> None:
+        """Forget the step, so that its activations can be freed."""
+        self._hooks.clear()
+        self._tap.clear()
+
+    def _scale(self, n: int, backpropagated_factor: float) -> LossScale:
+        if self.loss == "auto":
+            return self._tap.scale(n)
+        return declared_scale(self.loss, n, backpropagated_factor)
+
+
+def _check_rows(name: str, gradient: LayerGradient, n: int) -> None:
+    if len(gradient) != n:
+        raise RowIndexError(
+            f"Layer {name!r} saw {len(gradient)} rows in a batch of {n} examples. Its inputs must be "
+            "[n, ..., in_features], one row an example; leave the layer out with `layers=`, or, if a "
+            "batch holds other rows than the sampler's indices say, pass `index_fn=`."
+        )
+
+
+def _rescaled(gradient: LayerGradient, factor: Tensor) -> LayerGradient:
+    """A float32 copy with each example's factor (scalar or [n]) on its output gradients."""
+    factor = factor.float().to(gradient.output_grads.device)
+    return LayerGradient(
+        gradient.inputs.to(torch.float32, copy=True),
+        gradient.output_grads.float() * (factor if factor.ndim == 0 else factor[:, None, None]),
+    )
+
+
+def _zeros(layer: TrackedLayer, n: int, like: Tensor) -> LayerGradient:
+    """The gradient of a layer that the step did not use."""
+    o, i = layer.shape
+    zeros = torch.zeros(n, 1, i + o, device=like.device)
+    return LayerGradient(zeros[..., :i], zeros[..., i:])

@@ -1,0 +1,151 @@
+"""The file format, schema version 1.
+
+One HDF5 file holds one training run: per-example gradients of ``N`` dataset rows, by layer.
+
+Layout
+    ======================================  ==================================================
+    root attributes                         ``format`` = "lightning-influence",
+                                            ``schema_version`` = 1, ``complete``, ``store_id``,
+                                            ``num_examples`` = N, and what the run adds
+    ``/rows/<column>``                      ``[N]``, one value per dataset index
+    ``/documents/<name>``                   ``[bytes]`` u1: one JSON document in UTF-8
+    ``/layers/<layer>/factors/<name>``      any shape: ``Q_A``, ``Q_S``, ``Lambda``, ...
+    ``/layers/<layer>/rows/<name>``         ``[N, ...]``, one row per dataset index
+    ======================================  ==================================================
+
+    Columns: ``written`` u1, ``valid`` u1, ``loss`` f4 (NaN: unknown), ``step`` i8 (-1: unknown),
+    ``learning_rate`` f4 (NaN: unknown), ``label`` i8 (-1: unknown). Others may follow.
+
+Rules
+    - Row ``k`` of every column and row array MUST belong to dataset index ``k``. It means
+      something only where ``written[k]`` is 1; an unwritten row holds zeros.
+    - Datasets MUST be little-endian f2, f4, f8, i1, u1, i4 or i8, not empty, contiguous and
+      without filters, so that a reader can map them at their offset in the file.
+    - Every dataset MUST have an attribute ``crc32``: ``zlib.crc32`` of its bytes.
+    - Root attributes MUST be scalars: bool, integer, float or fixed-length UTF-8 string of at
+      most 32 KiB. Anything with structure is a document, of at most 16 MiB.
+    - Names MUST NOT be empty, be "." or contain "/" or NUL. Dots are fine: "encoder.0.linear".
+    - Links MUST be hard links. No virtual datasets, no external storage, no pickles.
+    - ``complete`` is set last. A file being written has another name, which ends in ".partial";
+      one at its final name is complete.
+    - Readers ignore root members and root attributes that they do not know.
+
+Checked on opening: the format, version and ``complete``; every dataset's link, type, shape,
+layout and place inside the file; N against every column and row array; checksums of columns and
+documents. Checked when read: checksums of factors. Checked only by ``StoreReader.verify_rows``:
+checksums of row arrays, which are most of the file. HDF5 itself checks its metadata.
+
+NOT checked: that the values are finite or make sense, and who wrote them. A checksum finds
+accidents, not forgery. Truncating a file while it is mapped ends the reading process (SIGBUS).
+
+Codecs
+    How the arrays under ``/layers/<layer>/rows`` turn into gradients, by codec. The document
+    ``layers`` names each layer's codec.
+
+    .. pairs: (to be written with the codec)
+    .. eigen: (to be written with the codec)
+
+Reading it with h5py alone. A file to read:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from lightning_influence.store import ArraySpec, StoreWriter
+    >>> writer = StoreWriter(
+    ...     Path(tempfile.mkdtemp()) / "run.h5", num_examples=3, store_id="0123456789abcdef"
+    ... )
+    >>> writer.create({"encoder.0": {"input": ArraySpec(shape=(2,), dtype="f4")}})
+    >>> writer.write_rows(
+    ...     np.array([2, 0]),
+    ...     columns={"valid": np.ones(2, np.uint8)},
+    ...     arrays={"encoder.0": {"input": np.array([[1, 2], [3, 4]], np.float32)}},
+    ... )
+    >>> path = writer.finish(
+    ...     attributes={"epoch": 4}, documents={"versions": {"torch": "2.6"}}, factors={}
+    ... )
+
+and all there is to it:
+
+    >>> import h5py
+    >>> import json
+    >>> with h5py.File(path) as file:
+    ...     assert file.attrs["format"] == b"lightning-influence" and file.attrs["complete"]
+    ...     versions = json.loads(file["documents/versions"][()].tobytes())
+    ...     written = file["rows/written"][()].astype(bool)
+    ...     inputs = file["layers/encoder.0/rows/input"][()]
+    >>> versions, written.tolist(), inputs[written].tolist()
+    ({'torch': '2.6'}, [True, False, True], [[3.0, 4.0], [1.0, 2.0]])
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+FORMAT = "lightning-influence"
+SCHEMA_VERSION = 1
+DTYPES = frozenset({"f2", "f4", "f8", "i1", "u1", "i4", "i8"})
+MAX_ATTRIBUTE_BYTES = 32 * 1024
+MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
+RESERVED_ATTRIBUTES = frozenset({"format", "schema_version", "complete", "store_id", "num_examples"})
+
+# Column: (dtype, value where nothing is known).
+COLUMNS: dict[str, tuple[str, float]] = {
+    "written": ("u1", 0),
+    "valid": ("u1", 0),
+    "loss": ("f4", math.nan),
+    "step": ("i8", -1),
+    "learning_rate": ("f4", math.nan),
+    "label": ("i8", -1),
+}
+
+
+def stored_dtype(dtype: np.dtype | str) -> np.dtype:
+    """The little-endian dtype that the file holds for `dtype`.
+
+    Raises:
+        ValueError: if the format has no such dtype.
+    """
+    found = np.dtype(dtype)
+    if found.str[1:] not in DTYPES:
+        raise ValueError(
+            f"dtype {found} cannot be stored; the file holds {', '.join(sorted(DTYPES))}: convert it."
+        )
+    return found.newbyteorder("<")
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that HDF5 would read as a path.
+
+    Raises:
+        ValueError: naming `what` is badly named.
+    """
+    if name in ("", ".") or "/" in name or "\0" in name:
+        raise ValueError(f"{what} {name!r} must not be empty, be '.' or contain '/' or NUL; rename it.")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One example's part of a row array.
+
+    Args:
+        shape: shape of one row, without the leading N; `()` is one number a row.
+        dtype: one of `DTYPES`, in any spelling that NumPy knows.
+
+    Example:
+        >>> ArraySpec(shape=(16, 64), dtype="f2").nbytes
+        2048
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        stored_dtype(self.dtype)
+        if any(size < 1 for size in self.shape):
+            raise ValueError(f"`shape` must have positive sizes only, got {self.shape}.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize

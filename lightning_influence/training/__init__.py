@@ -1,0 +1,1 @@
+"""What happens inside a Lightning run: which rows are trained on, and when."""

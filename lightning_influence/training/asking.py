@@ -1,0 +1,124 @@
+"""Per-example gradients of a model's own loss, or of a measurement, outside of a training loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_influence.errors import QueryError
+from lightning_influence.layers import TrackedLayer
+from lightning_influence.step import LossKind, StepCapture, StepGradients
+
+Measurement = Callable[[nn.Module, Any], Tensor]
+
+
+def example_gradients(
+    model: nn.Module,
+    layers: Mapping[str, TrackedLayer],
+    batch: Any,
+    *,
+    loss: LossKind = "auto",
+    measurement: Measurement | None = None,
+) -> StepGradients:
+    """Gradients of each example's loss (or of *minus* its measurement), in eval mode.
+
+    The model is left as it was: no `.grad` is touched, nothing is logged, modes are put back.
+
+    Args:
+        model: a `LightningModule`, or any module if there is a measurement.
+        layers: those whose gradients are wanted.
+        batch: as `training_step` takes it, on the model's device.
+        loss: how the loss's scale is known, as in `InfluenceCallback`.
+        measurement: `measurement(model, batch) -> [q]`.
+
+    Raises:
+        QueryError: if there is no differentiable loss or measurement.
+        CaptureError: if the gradients cannot be tied to the batch's examples.
+    """
+    capture = StepCapture(layers, loss=loss if measurement is None else "sum")
+    parameters = covered_parameters(layers)
+    with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
+        batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
+        with capture:
+            if measurement is None:
+                objective, examples = _training_loss(model, batch), None
+            else:
+                values = _measured(measurement, model, batch)
+                objective, examples = -values.sum(), len(values)
+            torch.autograd.grad(objective, parameters, allow_unused=True)
+        return capture.gradients(examples)
+
+
+def covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter]:
+    """The parameters that the layers' gradients cover."""
+    return [parameter for layer in layers.values() for parameter in layer.parameters.values()]
+
+
+def _training_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(model, LightningModule) or not model.automatic_optimization:
+        raise QueryError(
+            f"{type(model).__name__} has no `training_step` that only returns a loss (it is a plain module, "
+            "or optimizes manually); pass `measurement=`, a function (model, batch) -> [q]."
+        )
+    takes_index = len(inspect.signature(model.training_step).parameters) > 1
+    output = model.training_step(*((batch, 0) if takes_index else (batch,)))
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise QueryError(
+            f"`training_step` of {type(model).__name__} returned no differentiable loss, got "
+            f"{type(loss).__name__}; pass `measurement=`, a function (model, batch) -> [q]."
+        )
+    return loss
+
+
+def _measured(measurement: Measurement, model: nn.Module, batch: Any) -> Tensor:
+    values = measurement(model, batch)
+    if not isinstance(values, Tensor) or values.ndim != 1 or not values.requires_grad:
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise QueryError(
+            "`measurement(model, batch)` must return a differentiable tensor of shape [q], one value a "
+            f"query, got {found}."
+        )
+    return values
+
+
+@contextmanager
+def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[None]:
+    """Eval mode, gradients for the covered parameters, no logging; everything is put back after."""
+    with ExitStack() as restored:
+        for module in model.modules():
+            restored.callback(setattr, module, "training", module.training)
+        for parameter in covered_parameters(layers):
+            restored.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(True)
+        restored.enter_context(_without_logging(model))
+        model.eval()
+        yield
+
+
+@contextmanager
+def _without_logging(model: nn.Module) -> Iterator[None]:
+    """`self.log` and `self.log_dict` do nothing: there is no loop to collect what they say."""
+    logging = [module for module in model.modules() if isinstance(module, LightningModule)]
+    for module in logging:
+        vars(module).update(log=_ignore, log_dict=_ignore)
+    try:
+        yield
+    finally:
+        for module in logging:
+            del vars(module)["log"], vars(module)["log_dict"]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _usable_in_autograd(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,0 +1,390 @@
+"""One `trainer.fit` with capture: what happens at each of Lightning's hooks, from start to file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_influence.errors import LayerError, UnsupportedTrainingError
+from lightning_influence.factors import KroneckerCovariance
+from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
+from lightning_influence.functional.weights import weights_hash
+from lightning_influence.layer_record import CodecName, LayerPlan, plan_layers
+from lightning_influence.layers import track_layers
+from lightning_influence.recorder import RecordedCounts, Recorder, expected_bytes_per_row, expected_file_bytes
+from lightning_influence.scoring import ScoredLayer
+from lightning_influence.step import LossKind, StepCapture, StepGradients
+from lightning_influence.training.indices import IndexRecorder
+from lightning_influence.training.schedule import CaptureSchedule
+from lightning_influence.training.staleness import final_gradients, rank_agreement, sample_valid
+from lightning_influence.training.verification import GradientCheck
+
+STALE_BELOW = 0.9
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """The arguments of `InfluenceCallback`, which documents them."""
+
+    path: Path
+    layers: Sequence[str] | None
+    codec: CodecName
+    bytes_per_example: int
+    fisher: str
+    loss: LossKind
+    index_fn: Callable[[Any], Sequence[int] | Tensor] | None
+
+
+class CaptureSession:
+    """State and steps of one fit. Whatever it raises ends capture and not training.
+
+    The first batch of the run is always looked at, whatever the epoch: unseen losses, unused layers
+    and rows without index come to light in the first second instead of the last epoch.
+
+    Args:
+        options: what the user asked for.
+        trainer: of the fit.
+        model: in training.
+        store_id: id of the file to be written.
+    """
+
+    def __init__(
+        self, options: CaptureOptions, trainer: Trainer, model: LightningModule, store_id: str
+    ) -> None:
+        self.options, self.trainer, self.model, self.store_id = options, trainer, model, store_id
+        self.finished_epoch: int | None = None
+        self._layers, self._coverage = track_layers(model, options.layers)
+        self._indices = IndexRecorder(options.index_fn)
+        self._capture = StepCapture(self._layers, loss=options.loss)
+        self._scratch = tempfile.mkdtemp() if trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        self._schedule: CaptureSchedule | None = None
+        self._plans: dict[str, LayerPlan] = {}
+        self._is_verified = False
+        self._check: GradientCheck | None = None
+        self._bases: dict[str, Eigenbasis] = {}
+        self._covariances: dict[str, KroneckerCovariance] = {}
+        self._recorder: Recorder | None = None
+        self._epoch: int | None = None
+        self._epoch_attributes: dict[str, Any] = {}
+        self._batch_rows: np.ndarray | None = None
+        self._batch_facts: dict[str, float] = {}
+        self._is_armed = False
+        self._backwards = 0
+
+    @property
+    def path(self) -> Path:
+        """Where the file goes; a fast development run leaves none."""
+        return Path(self._scratch) / "influence.h5" if self._scratch else self.options.path
+
+    def start(self) -> None:
+        """Before the training dataloader is made."""
+        _check_supported(self.trainer)
+        self._indices.install(self.trainer)
+
+    def start_training(self) -> None:
+        """When the number of batches is known."""
+        self._schedule = CaptureSchedule(self.trainer)
+
+    def start_epoch(self) -> None:
+        """Decide what this epoch is for."""
+        self._epoch = self.trainer.current_epoch
+        self._epoch_attributes = {}
+        self._indices.start_epoch()
+        self._bases |= {name: eigenbasis(*metric.compute()) for name, metric in self._covariances.items()}
+        self._covariances = {}
+
+    def start_batch(self, batch: Any, batch_idx: int) -> None:
+        """Note the batch's rows and, if they are wanted, arm the hooks."""
+        self.disarm()
+        self._batch_rows = self._indices.next_batch(batch, batch_idx)
+        self._backwards = 0
+        if not (self._wants_gradients() or not self._is_verified):
+            return
+        if self._records_rows() and not self._epoch_attributes:
+            self._epoch_attributes = {
+                "epoch": self.trainer.current_epoch,
+                "step_start": self.trainer.global_step,
+                "weights_hash_start": weights_hash(self.model),
+            }
+        self._batch_facts = {
+            "learning_rate": _learning_rate(self.trainer),
+            "factor": _backpropagated_factor(self.trainer, self.model),
+        }
+        self._capture.__enter__()
+        self._is_armed = True
+
+    def before_backward(self) -> None:
+        """Prepare the check against `.grad`, once a run."""
+        self._backwards += 1
+        if self._is_armed and not self._is_verified and self._backwards == 1:
+            self._check = GradientCheck(self._layers)
+
+    def after_backward(self) -> None:
+        """Drop the layers whose captured gradients are not their whole gradient."""
+        if self._check is None:
+            return
+        errors, self._check = self._check.errors(self._capture.raw_gradients()), None
+        if errors is None:  # an overflow: look again at the next batch
+            return
+        self._is_verified = True
+        self._drop(
+            {
+                name: f"its weight is also used outside of its forward (captured gradients differ from .grad "
+                f"by {error:.0%})"
+                for name, error in errors.items()
+            }
+        )
+
+    def end_batch(self, outputs: Any) -> None:
+        """Take in the batch's gradients, and finish the file after an epoch's last batch."""
+        self.disarm()
+        rows, self._batch_rows = self._batch_rows, None
+        if rows is None or not self._batch_facts:
+            return
+        facts, self._batch_facts = self._batch_facts, {}
+        if outputs or self._backwards or len(self._capture.unseen) < len(self._layers):
+            self._take_in(rows, facts)
+        self._capture.clear()
+        if self._recorder is not None and self.trainer.is_last_batch:
+            self._finish(len(rows))
+
+    def end_epoch(self) -> None:
+        """An epoch whose last batch was never reached leaves no file."""
+        self.disarm()
+        if self._recorder is not None:
+            rank_zero_warn(
+                f"InfluenceCallback: epoch {self._epoch} ended before its last batch, so its rows are not "
+                f"whole and were dropped. {self._what_there_is()}"
+            )
+            self._drop_recorder()
+        self._epoch = None
+
+    def end_training(self) -> None:
+        """Say so if there is no file."""
+        if self.finished_epoch is None:
+            wanted = self._schedule.final_epoch if self._schedule is not None else None
+            rank_zero_warn(
+                "InfluenceCallback: training ended without a complete captured epoch"
+                + (f" (epoch {wanted} was to be captured)" if wanted is not None else "")
+                + f", so {self.options.path} was not written. Train at least one whole epoch, from its start."
+            )
+
+    def disarm(self) -> None:
+        """Remove the hooks; may be called at any time."""
+        if self._is_armed:
+            self._is_armed = False
+            self._capture.__exit__()
+
+    def close(self) -> None:
+        """Leave nothing behind but finished files; may be called at any time and more than once."""
+        self.disarm()
+        self._capture.clear()
+        self._indices.uninstall()
+        self._drop_recorder()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _records_rows(self) -> bool:
+        return (
+            self._epoch is not None
+            and self._schedule is not None
+            and self._schedule.records_rows(self._epoch)
+        )
+
+    def _prepares_bases(self) -> bool:
+        needs = any(plan.codec == "eigen" for plan in self._plans.values())
+        return (
+            needs
+            and self._epoch is not None
+            and self._schedule is not None
+            and self._schedule.prepares_bases(self._epoch)
+        )
+
+    def _wants_gradients(self) -> bool:
+        return self._records_rows() or self._prepares_bases() or not self._plans
+
+    def _take_in(self, rows: np.ndarray, facts: dict[str, float]) -> None:
+        if self._backwards > 1 and self.model.automatic_optimization:
+            raise UnsupportedTrainingError(
+                f"`training_step` ran {self._backwards} times for one batch, as LBFGS does; capture needs an "
+                "optimizer that calls its closure once."
+            )
+        if not self._plans:
+            self._drop(dict.fromkeys(self._capture.unseen, "it was not used in the first batch"))
+        step = self._capture.gradients(len(rows), backpropagated_factor=facts["factor"])
+        if not self._plans:
+            self._make_plans(step)
+        if self._prepares_bases():
+            for name, plan in self._plans.items():
+                if plan.codec == "eigen":
+                    gradient = step.gradients[name]
+                    metric = self._covariances.setdefault(name, KroneckerCovariance(plan.shape))
+                    metric.to(gradient.inputs.device).update(gradient[gradient.is_finite()])
+        if self._records_rows():
+            if self._recorder is None:
+                self._recorder = self._make_recorder()
+            self._recorder.update(
+                step, rows, step_index=self.trainer.global_step, learning_rate=facts["learning_rate"]
+            )
+
+    def _drop(self, reasons: dict[str, str]) -> None:
+        """Stop tracking layers, and say why in the coverage."""
+        if not reasons:
+            return
+        self._coverage = self._coverage.without(reasons)
+        self._layers = {name: layer for name, layer in self._layers.items() if name not in reasons}
+        self._plans = {name: plan for name, plan in self._plans.items() if name not in reasons}
+        self._capture.layers = self._layers
+        if not self._layers:
+            raise LayerError(f"No layer can be attributed:\n{self._coverage}")
+
+    def _make_plans(self, step: StepGradients) -> None:
+        self._plans = plan_layers(self._layers, step.gradients, self.options.codec)
+        self._announce()
+
+    def _announce(self) -> None:
+        """One line on what will be captured; one warning that names what is not."""
+        assert self._schedule is not None and self._indices.num_examples is not None
+        codecs = [plan.codec for plan in self._plans.values()]
+        when = "each epoch (training may stop early)" if self._schedule.is_rolling else "the final epoch"
+        row = expected_bytes_per_row(self._plans, self.options.bytes_per_example)
+        size = expected_file_bytes(self._plans, row, self._indices.num_examples)
+        rank_zero_info(
+            f"InfluenceCallback: captures {when} into {self.options.path}: {len(codecs)} layers ("
+            + ", ".join(f"{codecs.count(codec)} as {codec}" for codec in dict.fromkeys(codecs))
+            + f"), {self._coverage.share:.1%} of the trainable parameters, {row:,} bytes per row, about "
+            f"{size / 1e6:.1f} MB for {self._indices.num_examples:,} examples"
+        )
+        if any(layer.reason != "not named in `layers`" for layer in self._coverage.uncovered):
+            rank_zero_warn(f"InfluenceCallback: {self._coverage}")
+
+    def _make_recorder(self) -> Recorder:
+        if self._indices.num_examples is None:
+            raise UnsupportedTrainingError("The training dataset has no length; give it a `__len__`.")
+        assert self._schedule is not None
+        return Recorder(
+            self.path,
+            self._plans,
+            num_examples=self._indices.num_examples,
+            store_id=self.store_id,
+            bases=self._bases,
+            bytes_per_example=self.options.bytes_per_example,
+            keep_covariances=self._schedule.is_rolling,
+        )
+
+    def _finish(self, batch_size: int) -> None:
+        """Factors, staleness, file, log."""
+        recorder = self._recorder
+        assert recorder is not None
+        layers, counts = recorder.factors(), recorder.counts()
+        staleness, note = self._staleness(recorder, layers, batch_size)
+        recorder.finish(
+            layers,
+            attributes={
+                **self._epoch_attributes,
+                "step_end": self.trainer.global_step,
+                "weights_hash_end": weights_hash(self.model),
+                "fisher": self.options.fisher,
+                "loss": self.options.loss,
+                "staleness_spearman": staleness,
+                "staleness_note": note,
+            },
+            documents={
+                "coverage": self._coverage.to_builtins(),
+                "loss": recorder.loss,
+                "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+            },
+        )
+        if self._schedule is not None and self._schedule.is_rolling:
+            self._bases = recorder.next_bases()
+        self.finished_epoch = self._epoch
+        self._recorder = None
+        self._report(counts, staleness, note)
+
+    def _staleness(
+        self, recorder: Recorder, layers: dict[str, ScoredLayer], batch_size: int
+    ) -> tuple[float, str]:
+        """The rank agreement, or NaN and the reason why there is none."""
+        if self.options.index_fn is not None or not self.model.automatic_optimization:
+            return float("nan"), "not measured with `index_fn` or manual optimization"
+        try:
+            chosen = sample_valid(recorder.writer.read_column("valid"))
+            final = final_gradients(
+                self.trainer, self.model, self._layers, chosen, self.options.loss, batch_size
+            )
+            return rank_agreement(layers, final, recorder.stored_rows(chosen)), ""
+        except Exception as error:  # the user's code runs here, in a way it may not be made for
+            return float("nan"), f"{type(error).__name__}: {error}"[:500]
+
+    def _report(self, counts: RecordedCounts, staleness: float, note: str) -> None:
+        size = os.path.getsize(self.path) / 1e6
+        metrics = {
+            "influence/rows_written": counts.written,
+            "influence/rows_missing": counts.missing,
+            "influence/rows_invalid": counts.invalid,
+            "influence/staleness_spearman": staleness,
+            "influence/file_megabytes": size,
+        }
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+        aged = f"staleness {staleness:.3f}" if staleness == staleness else f"staleness not measured ({note})"
+        rank_zero_info(
+            f"InfluenceCallback: epoch {self._epoch} is in {self.path}: {counts.written:,} rows, "
+            f"{counts.missing:,} missing, {counts.invalid:,} invalid, {size:.1f} MB, {aged}"
+        )
+        if counts.invalid:
+            rank_zero_warn(
+                f"InfluenceCallback: {counts.invalid:,} rows have non-finite gradients; they are marked "
+                "invalid and are in no factor."
+            )
+        if staleness < STALE_BELOW:
+            rank_zero_warn(
+                f"InfluenceCallback: rows aged within the epoch (Spearman {staleness:.3f} with the final "
+                f"weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the final epoch."
+            )
+
+    def _what_there_is(self) -> str:
+        if self.finished_epoch is None:
+            return "No file was written."
+        return f"{self.path} holds epoch {self.finished_epoch}."
+
+    def _drop_recorder(self) -> None:
+        if self._recorder is not None:
+            self._recorder.discard()
+            self._recorder = None
+
+
+def _check_supported(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    if trainer.world_size > 1 or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise UnsupportedTrainingError(
+            f"Capture supports one process, found {type(strategy).__name__} with {trainer.world_size}; "
+            "pass `devices=1` and the default strategy."
+        )
+
+
+def _learning_rate(trainer: Trainer) -> float:
+    """Of the first parameter group; NaN without an optimizer."""
+    if not trainer.optimizers:
+        return float("nan")
+    return float(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def _backpropagated_factor(trainer: Trainer, model: LightningModule) -> float:
+    """What Lightning multiplies the returned loss with before the backward."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = 1.0 if scaler is None else float(scaler.get_scale())
+    return scale / trainer.accumulate_grad_batches if model.automatic_optimization else scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, cast
 
@@ -72,19 +73,22 @@ class InfluenceModule(LightningModule):
             checkpoint: path of a Lightning checkpoint.
             model: the class, loaded with `load_from_checkpoint`, or an instance to load weights into.
             store: the file's path, if it is not where the checkpoint says.
-            load_kwargs: for `load_from_checkpoint`.
+            load_kwargs: for `load_from_checkpoint`. Pass `weights_only=False` for a checkpoint of your
+                own that holds more than plain values.
 
         Raises:
             StoreError: one of its children, if the file cannot be found or used.
             WeightsMismatchError: if the checkpoint's weights are not the file's.
         """
-        weights_only = load_kwargs.get("weights_only", True)
+        weights_only = load_kwargs.pop("weights_only", True)
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
         reader = find_store(checkpoint, loaded) if store is None else StoreReader(store)
         if isinstance(model, LightningModule):
             model.load_state_dict(loaded["state_dict"])
         else:
             load_kwargs.setdefault("map_location", "cpu")
+            if "weights_only" in inspect.signature(model.load_from_checkpoint).parameters:  # lightning>=2.6
+                load_kwargs["weights_only"] = weights_only
             model = model.load_from_checkpoint(checkpoint, **load_kwargs)
         return cls.attach(model, reader)
 

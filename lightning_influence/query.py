@@ -8,7 +8,7 @@ same call twice gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ CHUNK_EXAMPLES = 4096
 DEFAULT_DAMPING = HeuristicDamping(0.1)
 
 
-@dataclass(frozen=True)
-class Attribution:
+class Attribution(NamedTuple):
     """The training examples that speak loudest for each query.
 
     Args:

@@ -97,7 +97,22 @@ def _forward_hook(records: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
         layer_input = next(iter((*args, *kwargs.values()))).detach()
+        shape = output.shape
         # list.append returns None: a hook that returns a tensor would replace the gradient.
-        output.register_hook(lambda grad: records.append((layer_input, grad.detach())))
+        _in_graph(output).register_hook(
+            lambda grad: records.append((layer_input, grad.detach().reshape(shape)))
+        )
 
     return hook
+
+
+def _in_graph(output: Tensor) -> Tensor:
+    """The tensor whose gradient hook is sure to fire.
+
+    `nn.Linear` with a bias returns a view for inputs of more than two dimensions. An in-place
+    activation then rewires the graph from the view's base, past hooks on the view itself.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output

@@ -223,7 +223,7 @@ class CaptureSession:
                 "optimizer that calls its closure once."
             )
         if not self._plans:
-            self._drop(dict.fromkeys(self._capture.unseen, "it was not used in the first batch"))
+            self._drop(dict.fromkeys(self._capture.unseen, "no call of it took part in the first batch's backward"))
         step = self._capture.gradients(len(rows), backpropagated_factor=facts["factor"])
         if not self._plans:
             self._make_plans(step)

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import random
+import signal
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -360,12 +361,21 @@ def test_order_weights_and_random_state_are_those_without_recorder(num_workers: 
     assert recorded[4] == plain[4]
 
 
+@pytest.fixture
+def sigint_handler() -> Iterator[None]:
+    """Lightning ignores Ctrl-C from the first one on."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize(
     ("raised", "seen"),
     [(None, None), (ValueError, ValueError), (KeyboardInterrupt, SystemExit)],
     ids=["finished", "exception", "interrupted"],
 )
 @pytest.mark.parametrize("batch_size", [4, None])
+@pytest.mark.usefixtures("sigint_handler")
 def test_everything_is_put_back(raised: Any, seen: Any, batch_size: int | None) -> None:
     class Failing(Model):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -430,24 +440,24 @@ def test_uninstall_in_the_middle_of_training() -> None:
     assert left == [0] * 2 * N
 
 
-def test_loaders_of_earlier_epochs_are_let_go() -> None:
-    loaders: list[weakref.ref[DataLoader]] = []
+def test_data_of_earlier_epochs_is_let_go() -> None:
+    datasets: list[weakref.ref[TensorDataset]] = []
 
     class Data(pl.LightningDataModule):
         def train_dataloader(self) -> DataLoader:
-            loader = make_loader()
-            loaders.append(weakref.ref(loader))
-            return loader
+            dataset = TensorDataset(*DATASET.tensors)
+            datasets.append(weakref.ref(dataset))
+            return make_loader(dataset)
 
     class Count(pl.Callback):
         def on_train_end(self, *hook: Any) -> None:
             gc.collect()
-            self.alive = sum(loader() is not None for loader in loaders)
+            self.alive = sum(dataset() is not None for dataset in datasets)
 
     count = Count()
     trainer = make_trainer(Driver(), count, max_epochs=4, reload_dataloaders_every_n_epochs=1)
     trainer.fit(Model(), Data())
-    assert (len(loaders), count.alive) == (4, 1)
+    assert (len(datasets), count.alive) == (4, 1)
 
 
 def test_install_lets_go_of_an_earlier_trainer() -> None:

@@ -98,6 +98,6 @@ def check_weights(model: nn.Module, store: StoreReader) -> None:
         raise WeightsMismatchError(
             f"The model's weights are not those of {store.path}: expected SHA-256 {expected[:16]}…, the "
             f"weights at the end of epoch {store.attributes.get('epoch', '?')} (step "
-            f"{store.attributes.get('step_end', '?')}), found {found[:16]}…. Load the checkpoint saved at the "
-            "end of that epoch (often last.ckpt; a best or averaged one has other weights)."
+            f"{store.attributes.get('step_end', '?')}), found {found[:16]}…. Load the checkpoint saved at "
+            "the end of that epoch (often last.ckpt; a best or averaged one has other weights)."
         )

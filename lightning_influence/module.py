@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -89,7 +90,7 @@ class InfluenceModule(LightningModule):
             load_kwargs.setdefault("map_location", "cpu")
             if "weights_only" in inspect.signature(model.load_from_checkpoint).parameters:  # lightning>=2.6
                 load_kwargs["weights_only"] = weights_only
-            model = model.load_from_checkpoint(checkpoint, **load_kwargs)
+            model = model.load_from_checkpoint(Path(checkpoint), **load_kwargs)
         return cls.attach(model, reader)
 
     def scores(
@@ -177,23 +178,26 @@ class InfluenceModule(LightningModule):
     @property
     def coverage(self) -> Coverage:
         """Which parameters are attributed, and why the others are not."""
-        return self._engine().coverage
+        return Coverage.from_builtins(self.store.document("coverage"))
 
     def summary(self) -> str:
         """What the file holds, in a few lines."""
         facts = self.store.attributes
-        codecs = {entry["name"]: entry["codec"] for entry in self.store.document("layers")}
-        return "\n".join(
-            [
-                f"{self.store.path}: {facts['num_examples']:,} examples, {facts['rows_written']:,} with rows, "
-                f"{facts['rows_missing']:,} missing, {facts['rows_invalid']:,} invalid",
-                f"captured in epoch {facts['epoch']}, steps {facts['step_start']} to {facts['step_end']}, "
-                f"{facts['fisher']} Fisher, {facts['bytes_per_row']:,} bytes per row",
+        layers = ", ".join(f"{entry['name']} ({entry['codec']})" for entry in self.store.document("layers"))
+        lines = [
+            f"{self.store.path}: {facts['num_examples']:,} examples, {facts['rows_written']:,} seen in "
+            f"training, {facts['rows_missing']:,} missing, {facts['rows_invalid']:,} invalid; "
+            f"{facts['bytes_per_row']:,} bytes per row",
+            f"layers: {layers}",
+            str(self.coverage),
+        ]
+        if "epoch" in facts:  # written by the callback
+            lines[1:1] = [
+                f"captured in epoch {facts['epoch']}, optimizer steps {facts['step_start']} to "
+                f"{facts['step_end']}, {facts['fisher']} Fisher",
                 f"staleness: {_staleness_text(facts)}",
-                f"layers: {', '.join(f'{name} ({codec})' for name, codec in codecs.items())}",
-                str(self.coverage),
             ]
-        )
+        return "\n".join(lines)
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
         """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
@@ -263,5 +267,5 @@ def _hook(model: nn.Module, name: str, batch: Any, dataloader_idx: int) -> Any:
 def _staleness_text(facts: dict[str, Any]) -> str:
     value = facts["staleness_spearman"]
     if np.isnan(value):
-        return "not measured"
+        return f"not measured ({facts['staleness_note']})"
     return f"Spearman {value:.3f} between scores of rows as captured and at the final weights"

@@ -24,7 +24,6 @@ from lightning_influence.curvature import (
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.functional.ranking import top_k
 from lightning_influence.gradients import LayerGradient
-from lightning_influence.layers import Coverage
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreReader
 
@@ -62,7 +61,6 @@ class InfluenceQuery:
         self.layers = {
             entry["name"]: _load_layer(store, entry, self.device) for entry in _described_layers(store)
         }
-        self.coverage = Coverage.from_builtins(store.document("coverage"))
         self.valid = torch.from_numpy(store.column("valid").astype(bool))
 
     @property

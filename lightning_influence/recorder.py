@@ -96,7 +96,7 @@ class Recorder:
         Args:
             step: of n examples.
             indices: their dataset indices, int64 [n].
-            step_index: number of the training batch, counted over the run.
+            step_index: optimizer steps taken before this one.
             learning_rate: of the first parameter group at this step.
         """
         self.loss = step.loss

@@ -47,6 +47,13 @@ class AbsoluteDamping:
 
     value: float
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise ValueError(
+                f"`damping` must be positive and finite, got {self.value}; "
+                "pass HeuristicDamping() to derive it from the layer's eigenvalues."
+            )
+
     def __call__(self, eigenvalues: Tensor) -> float:
         """The number itself."""
         return self.value
@@ -64,10 +71,5 @@ def as_damping(damping: Damping | float) -> Damping:
     if isinstance(damping, bool) or not isinstance(damping, int | float):
         raise TypeError(
             f"`damping` must be a positive number or a rule such as HeuristicDamping(), got {damping!r}."
-        )
-    if not (math.isfinite(damping) and damping > 0):
-        raise ValueError(
-            f"`damping` must be positive and finite, got {damping}; "
-            "pass HeuristicDamping() to derive it from the layer's eigenvalues."
         )
     return AbsoluteDamping(float(damping))

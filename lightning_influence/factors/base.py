@@ -1,12 +1,14 @@
 """`torchmetrics.Metric` with what large matrix sums need.
 
-Four things differ from the plain base class. Processes are joined by an all-reduce in place (gather
+Five things differ from the plain base class. Processes are joined by an all-reduce in place (gather
 and stack would hold one copy a process). `compute` keeps no second copy of its result. Loading a
-state checks its shape. Casts such as `.to(torch.bfloat16)` move the sums but leave their precision.
+state checks its shape. Casts such as `.to(torch.bfloat16)` move the sums but leave their precision. A matrix of shape [1, 1],
+such as S of a layer with one output, stays a matrix.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +29,16 @@ class SumMetric(Metric):
         """Register a state of zeros that is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum", persistent=True)
 
+    def _wrap_compute(self, compute: Callable) -> Callable:
+        @functools.wraps(compute)
+        def joined(*args: Any, **kwargs: Any) -> Any:  # the base class's would squeeze [1, 1] to a scalar
+            with self.sync_context(
+                self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+            ):
+                return compute(*args, **kwargs)
+
+        return joined
+
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         for name in self._defaults:
             torch.distributed.all_reduce(getattr(self, name), group=process_group or self.process_group)
@@ -38,8 +50,8 @@ class SumMetric(Metric):
         return super()._apply(move, exclude_state)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, default in self._defaults.items():
-            found = state_dict.get(prefix + name)
+        for name in self._defaults:
+            default, found = getattr(self, name), state_dict.get(prefix + name)
             if found is not None and found.shape != default.shape:
                 raise ValueError(
                     f"State {prefix + name!r} must have shape {tuple(default.shape)}, "

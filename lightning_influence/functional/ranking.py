@@ -22,6 +22,6 @@ def top_k(scores: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, Tens
         [[2, 0]]
     """
     worst = -torch.inf if largest else torch.inf
-    order = scores.nan_to_num(nan=worst, posinf=torch.inf, neginf=-torch.inf)
+    order = scores.nan_to_num(nan=worst)  # infinities become finite, and so come before NaN
     indices = order.sort(dim=1, descending=largest, stable=True).indices[:, :k]
     return scores.gather(1, indices), indices

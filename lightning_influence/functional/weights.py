@@ -25,5 +25,5 @@ def weights_hash(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().to("cpu", torch.float32).contiguous()
-        digest.update(values.numpy())
+        digest.update(values.numpy().data)
     return digest.hexdigest()

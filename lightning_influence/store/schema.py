@@ -38,12 +38,27 @@ checksums of row arrays, which are most of the file. HDF5 itself checks its meta
 NOT checked: that the values are finite or make sense, and who wrote them. A checksum finds
 accidents, not forgery. Truncating a file while it is mapped ends the reading process (SIGBUS).
 
-Codecs
-    How the arrays under ``/layers/<layer>/rows`` turn into gradients, by codec. The document
-    ``layers`` names each layer's codec.
+What a captured run adds
+    Attributes: ``epoch``, ``step_start``, ``step_end`` (optimizer steps), ``weights_hash_start`` and
+    ``weights_hash_end`` (SHA-256, ``functional.weights``), ``fisher``, ``loss``, ``rows_written``,
+    ``rows_invalid``, ``rows_missing``, ``bytes_per_row``, ``staleness_spearman`` (NaN: not measured,
+    ``staleness_note`` says why). Documents: ``layers`` (in the model's order: name, ``has_bias``,
+    codec, its config), ``coverage``, ``loss``, ``versions``. Factors of a layer whose gradient is
+    G ``[o, i]``: ``Q_A`` ``[i, i]`` and ``Q_S`` ``[o, o]`` (eigenvectors in columns),
+    ``eigenvalues_A`` ``[i]``, ``eigenvalues_S`` ``[o]`` (descending), ``Lambda`` ``[o, i]``.
+    A row with ``written`` = 1 and ``valid`` = 0 had a non-finite gradient and is in no factor.
 
-    .. pairs: (to be written with the codec)
-    .. eigen: (to be written with the codec)
+Codecs
+    How the arrays under ``/layers/<layer>/rows`` turn into the gradient G ``[o, i]`` of an
+    example's own loss. The document ``layers`` names each layer's codec.
+
+    ``pairs``: G = sum over positions s of ``output_grads[s]`` ``inputs[s]``^T. With ``has_bias`` a 1 is
+    appended to ``inputs[s]``, and the last column of G is the bias's. By the config's ``dtype``:
+    int8: entry k is its code times ``<name>_scales[s, k // 64]``; float16: times
+    ``<name>_scales[s, 0]``; float32: as it is. Padded positions have zero output gradients.
+
+    ``eigen``: entry j of ``codes`` times ``scales[j // 64]`` times the factor ``whitening[j]`` is the
+    entry ``coordinates[j]`` of the row-major flattened Q_S^T G Q_A; all other entries count as 0.
 
 Reading it with h5py alone. A file to read:
 

@@ -122,6 +122,7 @@ class CaptureSession:
         self._batch_facts = {
             "learning_rate": _learning_rate(self.trainer),
             "factor": _backpropagated_factor(self.trainer, self.model),
+            "step": self.trainer.global_step,
         }
         self._capture.__enter__()
         self._is_armed = True
@@ -223,7 +224,9 @@ class CaptureSession:
                 "optimizer that calls its closure once."
             )
         if not self._plans:
-            self._drop(dict.fromkeys(self._capture.unseen, "no call of it took part in the first batch's backward"))
+            self._drop(
+                dict.fromkeys(self._capture.unseen, "no call of it took part in the first batch's backward")
+            )
         step = self._capture.gradients(len(rows), backpropagated_factor=facts["factor"])
         if not self._plans:
             self._make_plans(step)
@@ -237,7 +240,7 @@ class CaptureSession:
             if self._recorder is None:
                 self._recorder = self._make_recorder()
             self._recorder.update(
-                step, rows, step_index=self.trainer.global_step, learning_rate=facts["learning_rate"]
+                step, rows, step_index=int(facts["step"]), learning_rate=facts["learning_rate"]
             )
 
     def _drop(self, reasons: dict[str, str]) -> None:
@@ -252,12 +255,17 @@ class CaptureSession:
             raise LayerError(f"No layer can be attributed:\n{self._coverage}")
 
     def _make_plans(self, step: StepGradients) -> None:
+        if self._indices.num_examples is None:
+            raise UnsupportedTrainingError(
+                "The training dataset has no length, so its rows have no place; give it a `__len__`."
+            )
         self._plans = plan_layers(self._layers, step.gradients, self.options.codec)
         self._announce()
 
     def _announce(self) -> None:
         """One line on what will be captured; one warning that names what is not."""
-        assert self._schedule is not None and self._indices.num_examples is not None
+        assert self._schedule is not None
+        assert self._indices.num_examples is not None
         codecs = [plan.codec for plan in self._plans.values()]
         when = "each epoch (training may stop early)" if self._schedule.is_rolling else "the final epoch"
         row = expected_bytes_per_row(self._plans, self.options.bytes_per_example)
@@ -272,9 +280,8 @@ class CaptureSession:
             rank_zero_warn(f"InfluenceCallback: {self._coverage}")
 
     def _make_recorder(self) -> Recorder:
-        if self._indices.num_examples is None:
-            raise UnsupportedTrainingError("The training dataset has no length; give it a `__len__`.")
         assert self._schedule is not None
+        assert self._indices.num_examples is not None
         return Recorder(
             self.path,
             self._plans,

@@ -60,6 +60,7 @@ def final_gradients(
         batch_size: examples in one forward.
     """
     loader = trainer.train_dataloader
+    assert loader is not None  # the one DataLoader that the rows' indices came from
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     parts = []
     with isolate_rng():

@@ -1,0 +1,51 @@
+"""Lambda's sums equal one example at a time, in one chunk or many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_influence.functional import eigenvalues
+from lightning_influence.functional.eigenvalues import second_moment_sum
+from lightning_influence.functional.kronecker import eigenbasis
+from lightning_influence.gradients import LayerGradient
+from tests.reference.factors import covariances, eigenvalue_correction, fisher_block, vec
+from tests.reference.models import random
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few dozen terms in another order
+
+
+def gradient(n: int, s: int) -> LayerGradient:
+    return LayerGradient(random(n, s, 5, seed=1), random(n, s, 3, seed=2))
+
+
+@pytest.mark.parametrize("s", [1, 2, 6])
+def test_second_moments_equal_the_reference(s: int) -> None:
+    batch = gradient(9, s)
+    basis = eigenbasis(*covariances(batch.inputs, batch.output_grads))
+    expected = eigenvalue_correction(batch.dense(), basis.Q_A, basis.Q_S)
+    torch.testing.assert_close(second_moment_sum(batch, basis) / 9, expected, **EXACT)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_second_moments_are_the_diagonal_of_the_rotated_fisher(s: int) -> None:
+    batch = gradient(9, s)
+    basis = eigenbasis(*covariances(batch.inputs, batch.output_grads))
+    Q = torch.kron(basis.Q_A, basis.Q_S)
+    rotated = Q.T @ fisher_block(batch.dense()) @ Q
+    torch.testing.assert_close(vec(second_moment_sum(batch, basis)) / 9, rotated.diagonal(), **EXACT)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 31, 15 * 4])  # of 15 coordinates: 1, 2 and 4 examples
+def test_chunks_change_nothing(chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = gradient(9, 4)
+    basis = eigenbasis(*covariances(batch.inputs, batch.output_grads))
+    whole = second_moment_sum(batch, basis)
+    monkeypatch.setattr(eigenvalues, "CHUNK_ELEMENTS", chunk_elements)
+    torch.testing.assert_close(second_moment_sum(batch, basis), whole, **EXACT)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_no_example_adds_nothing(s: int) -> None:
+    basis = eigenbasis(*covariances(gradient(9, s).inputs, gradient(9, s).output_grads))
+    assert not second_moment_sum(gradient(9, s)[:0], basis).any()

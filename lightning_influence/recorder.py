@@ -140,7 +140,7 @@ class Recorder:
 
     def stored_rows(self, indices: Sequence[int]) -> dict[str, dict[str, Tensor]]:
         """The arrays of some rows, by layer, as they were written."""
-        return {name: _concatenated([self._read(name, i, i + 1) for i in indices]) for name in self._records}
+        return {name: self._read(name, np.asarray(indices)) for name in self._records}
 
     def finish(
         self,
@@ -208,14 +208,14 @@ class Recorder:
             for name, plan in self.plans.items()
         }
 
-    def _read(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        return {key: torch.from_numpy(rows) for key, rows in self.writer.read_rows(name, start, stop).items()}
+    def _read(self, name: str, indices: slice | np.ndarray) -> dict[str, Tensor]:
+        return {key: torch.from_numpy(rows) for key, rows in self.writer.read_rows(name, indices).items()}
 
     def _valid_rows(self, name: str) -> Iterator[dict[str, Tensor]]:
         valid = torch.from_numpy(self.writer.read_column("valid")).bool()
         for start in range(0, len(valid), READ_EXAMPLES):
-            stop = min(start + READ_EXAMPLES, len(valid))
-            yield {key: rows[valid[start:stop]] for key, rows in self._read(name, start, stop).items()}
+            rows = slice(start, start + READ_EXAMPLES)
+            yield {key: array[valid[rows]] for key, array in self._read(name, rows).items()}
 
 
 def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: int) -> int:
@@ -238,6 +238,3 @@ def _specs(codec: Codec) -> dict[str, ArraySpec]:
 def _to_numpy(arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: array.cpu().numpy() for name, array in arrays.items()}
 
-
-def _concatenated(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

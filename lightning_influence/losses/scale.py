@@ -127,14 +127,16 @@ def _counting(calls: list[LossCall]) -> list[LossCall]:
 
 def _relative_weight(reading: LossReading, first: LossReading) -> float:
     """Weight of a call relative to the first; refuses what could change from batch to batch."""
+    if reading is first:
+        return 1.0
     c, c_first = reading.unreduced_constant, first.unreduced_constant
     if c.shape == c_first.shape and math.isclose(reading.count, first.count, rel_tol=1e-5):
         largest = c_first.abs().argmax()
         ratio = c.flatten()[largest] / c_first.flatten()[largest]
         # NaN and infinity, from an overflow, pass: their factor says that there is no gradient.
         tolerance = 1e-5 * c.abs().max()
-        if reading is first or not bool(((c - ratio * c_first).abs() > tolerance).any()):
-            return 1.0 if reading is first else float(ratio)
+        if not bool(((c - ratio * c_first).abs() > tolerance).any()):
+            return float(ratio)
     raise LossNotRecognizedError(
         f"{first} and {reading} were back-propagated in one step, but average over different "
         "counts or masks, so their relative weight would change from batch to batch. Give both "

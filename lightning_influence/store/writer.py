@@ -144,8 +144,12 @@ class StoreWriter:
             self._rows[name][unique] = value[last]
         self._rows["rows/written"][unique] = 1
 
-    def read_rows(self, layer: str, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Copies of one layer's rows `start:stop`, by array name, each of shape [stop-start, ...].
+    def read_rows(self, layer: str, indices: slice | np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of some of one layer's rows, by array name, each of shape [n, ...].
+
+        Args:
+            layer: its name.
+            indices: dataset indices, a slice or integers of shape [n].
 
         Raises:
             StoreError: if the file is not open for writing.
@@ -154,10 +158,10 @@ class StoreWriter:
         self._check_open()
         if layer not in self._layers:
             raise ValueError(f"no layer {layer!r} in {self.partial_path}; it has {[*self._layers]}.")
-        if not 0 <= start <= stop <= self.num_examples:
-            raise ValueError(f"rows {start}:{stop} must lie within 0:{self.num_examples}.")
+        if not isinstance(indices, slice):
+            self._check_indices(indices)
         rows = {name: self._rows[f"layers/{layer}/rows/{name}"] for name in self._layers[layer]}
-        return {name: np.array(array[start:stop]) for name, array in rows.items()}
+        return {name: np.array(array[indices]) for name, array in rows.items()}
 
     def read_column(self, name: str) -> np.ndarray:
         """A copy of one column, shape [N].

@@ -83,6 +83,7 @@ class CaptureSession:
         self._batch_facts: dict[str, float] = {}
         self._is_armed = False
         self._backwards = 0
+        self._largest_batch = 1
 
     @property
     def path(self) -> Path:
@@ -110,6 +111,7 @@ class CaptureSession:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
         self.disarm()
         self._batch_rows = self._indices.next_batch(batch, batch_idx)
+        self._largest_batch = max(self._largest_batch, len(self._batch_rows))
         self._backwards = 0
         if not (self._wants_gradients() or not self._is_verified):
             return
@@ -135,6 +137,8 @@ class CaptureSession:
 
     def after_backward(self) -> None:
         """Drop the layers whose captured gradients are not their whole gradient."""
+        if self.model.automatic_optimization:
+            self.disarm()  # the one backward of this batch is over: leave the optimizer alone
         if self._check is None:
             return
         errors, self._check = self._check.errors(self._capture.raw_gradients()), None
@@ -160,7 +164,7 @@ class CaptureSession:
             self._take_in(rows, facts)
         self._capture.clear()
         if self._recorder is not None and self.trainer.is_last_batch:
-            self._finish(len(rows))
+            self._finish()
 
     def end_epoch(self) -> None:
         """An epoch whose last batch was never reached leaves no file."""
@@ -292,12 +296,12 @@ class CaptureSession:
             keep_covariances=self._schedule.is_rolling,
         )
 
-    def _finish(self, batch_size: int) -> None:
+    def _finish(self) -> None:
         """Factors, staleness, file, log."""
         recorder = self._recorder
         assert recorder is not None
         layers, counts = recorder.factors(), recorder.counts()
-        staleness, note = self._staleness(recorder, layers, batch_size)
+        staleness, note = self._staleness(recorder, layers)
         recorder.finish(
             layers,
             attributes={
@@ -321,16 +325,14 @@ class CaptureSession:
         self._recorder = None
         self._report(counts, staleness, note)
 
-    def _staleness(
-        self, recorder: Recorder, layers: dict[str, ScoredLayer], batch_size: int
-    ) -> tuple[float, str]:
+    def _staleness(self, recorder: Recorder, layers: dict[str, ScoredLayer]) -> tuple[float, str]:
         """The rank agreement, or NaN and the reason why there is none."""
         if self.options.index_fn is not None or not self.model.automatic_optimization:
             return float("nan"), "not measured with `index_fn` or manual optimization"
         try:
             chosen = sample_valid(recorder.writer.read_column("valid"))
             final = final_gradients(
-                self.trainer, self.model, self._layers, chosen, self.options.loss, batch_size
+                self.trainer, self.model, self._layers, chosen, self.options.loss, self._largest_batch
             )
             return rank_agreement(layers, final, recorder.stored_rows(chosen)), ""
         except Exception as error:  # the user's code runs here, in a way it may not be made for

@@ -91,6 +91,7 @@ class InfluenceCallback(Callback):
         self.options = CaptureOptions(Path(path), layers, codec, bytes_per_example, fisher, loss, index_fn)
         self.on_error = on_error
         self._session: CaptureSession | None = None
+        self._finished: CaptureSession | None = None  # the last one that has a file
 
     @property
     def state_key(self) -> str:
@@ -113,6 +114,8 @@ class InfluenceCallback(Callback):
         if stage != "fit":
             return
         self._close()
+        if self._session is not None and self._session.finished_epoch is not None:
+            self._finished = self._session
         self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex)
         self._session.start()
 
@@ -176,6 +179,8 @@ class InfluenceCallback(Callback):
         """Leave everything as it was."""
         if stage == "fit":
             self._close()
+            if self._session is not None and not self._session.has_started:  # there was nothing to train
+                self._session = self._finished
 
     def _close(self) -> None:
         """Close the session, whatever happens; it stays known to later checkpoints if it has a file."""

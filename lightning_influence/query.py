@@ -141,7 +141,7 @@ class InfluenceQuery:
         """Predicted change of the measurement if these training examples were removed.
 
         The first-order estimate -sum_m score[q, m] / N with N the examples that were trained on
-        (Koh & Liang 2017, arXiv:1703.04730, Section 2.1), in the measurement's units.
+        (Koh & Liang 2017, arXiv:1703.04730), in the measurement's units.
 
         Args:
             scores: of `scores`, shape [q, N].
@@ -183,9 +183,15 @@ class InfluenceQuery:
 
 
 def _described_layers(store: StoreReader) -> list[dict]:
-    described = store.document("layers")
-    names = [entry.get("name") for entry in described] if isinstance(described, list) else None
-    if names is None or sorted(names) != sorted(store.layers):
+    try:
+        described = store.document("layers")
+        names = [entry["name"] for entry in described]
+        fits = sorted(names) == sorted(store.layers)
+    except (ValueError, TypeError, LookupError) as error:
+        raise CorruptStoreError(
+            f"{store.path}: the document 'layers' cannot be read: {error}. Restore a copy or capture again."
+        ) from error
+    if not fits:
         raise CorruptStoreError(
             f"{store.path}: the document 'layers' names {names}, but there are arrays for "
             f"{list(store.layers)}. Restore a copy or capture again."

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.blocks import Block, Spool
 from lightning_influence.codecs import Codec, EigenCodec, select_coordinates
 from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
-from lightning_influence.errors import CaptureError
+from lightning_influence.errors import CaptureError, LayerError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
@@ -99,6 +99,7 @@ class Recorder:
             step_index: optimizer steps taken before this one.
             learning_rate: of the first parameter group at this step.
         """
+        self._check_positions(step)
         self.loss = step.loss
         self._buffer.append(Block.of_step(step, indices, step_index, learning_rate))
         examples = sum(len(block) for block in self._buffer)
@@ -174,6 +175,15 @@ class Recorder:
         if self._spool is not None:
             self._spool.close()
 
+    def _check_positions(self, step: StepGradients) -> None:
+        for name, plan in self.plans.items():
+            found = step.gradients[name].positions
+            if plan.codec == "pairs" and found > plan.positions:
+                raise LayerError(
+                    f"Layer {name!r} has {found} positions in an example, but rows of pairs were laid out for "
+                    f'the {plan.positions} of the first batch; pass `codec="eigen"`, or pad all batches alike.'
+                )
+
     def _flush(self) -> None:
         if not self._buffer:
             return
@@ -237,4 +247,3 @@ def _specs(codec: Codec) -> dict[str, ArraySpec]:
 
 def _to_numpy(arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: array.cpu().numpy() for name, array in arrays.items()}
-

@@ -1,7 +1,8 @@
 """What a file knows of one layer, and the scores that follow from it.
 
 score[q, m] = -grad f_q^T (G + damping)^-1 grad L_m, with f the measurement and L the training loss
-(Grosse et al. 2023, arXiv:2308.03296, Eq. (12), up to the factor 1/N). With the default measurement
+(Koh & Liang 2017, arXiv:1703.04730; with EK-FAC for G: Grosse et al. 2023, arXiv:2308.03296). With
+the default measurement
 f = -L this is grad L_q^T (G + damping)^-1 grad L_m: positive where up-weighting the training example
 m raises the query's log-likelihood.
 """
@@ -65,6 +66,9 @@ class ScoredLayer:
                 raise ValueError(
                     f"{name} must be {shape} beside Lambda {(o, i)}, got {tuple(arrays[name].shape)}"
                 )
+        dtypes = {name: tensor.dtype for name, tensor in [*vars(basis).items(), ("Lambda", Lambda)]}
+        if set(dtypes.values()) != {torch.float32}:
+            raise ValueError(f"basis and Lambda must be float32, got {dtypes}")
         return cls(basis, Lambda, codec_from_config(codec_id, config, tensors, basis))
 
     def precondition(self, query: LayerGradient, curvature: Curvature, damping: Damping) -> Tensor:

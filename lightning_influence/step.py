@@ -40,6 +40,31 @@ class StepGradients:
         return len(self.losses)
 
 
+class _Eager:
+    """Compiled code would run without the hooks, so while any capture is active it runs eagerly.
+
+    Two callbacks' captures end in the order in which they began, and the second would put back the
+    stance of the first. So the first one sets it, and the last one puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        if self._active == 0 and "torch._dynamo" in sys.modules:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._active += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._active -= 1
+        if self._active == 0:
+            self._stance.close()
+
+
+_EAGER = _Eager()  # the stance belongs to the process, and so does this
+
+
 class StepCapture:
     """Context manager around one training step, forward and backward.
 
@@ -58,8 +83,7 @@ class StepCapture:
 
     def __enter__(self) -> StepCapture:
         with ExitStack() as entered:
-            if "torch._dynamo" in sys.modules:  # compiled code would run without the hooks
-                entered.enter_context(torch.compiler.set_stance("force_eager"))
+            entered.enter_context(_EAGER)
             entered.enter_context(self._hooks)
             if self.loss == "auto":
                 entered.enter_context(self._tap)

@@ -50,6 +50,11 @@ class EigenCodec(Codec):
                 "`coordinates` and `whitening` must be [k] with k >= 1, got "
                 f"{tuple(coordinates.shape)} and {tuple(whitening.shape)}"
             )
+        if coordinates.dtype != torch.int64 or whitening.dtype != basis.Q_A.dtype:
+            raise ValueError(
+                f"`coordinates` must be int64 and `whitening` {basis.Q_A.dtype}, "
+                f"got {coordinates.dtype} and {whitening.dtype}"
+            )
         if coordinates.min() < 0 or coordinates.max() >= o * i:
             raise ValueError(f"`coordinates` must lie in [0, {o * i}) for a layer of shape {(o, i)}")
         self.basis, self.coordinates, self.whitening = basis, coordinates, whitening

@@ -18,7 +18,7 @@ class Damping(Protocol):
 
 @dataclass(frozen=True)
 class HeuristicDamping:
-    """`factor` times the layer's mean eigenvalue (Grosse et al. 2023, arXiv:2308.03296, Section 2.3).
+    """`factor` times the layer's mean eigenvalue (Grosse et al. 2023, arXiv:2308.03296).
 
     Args:
         factor: positive; 0.1 is the rule's usual value. It is the first thing to vary when scores

@@ -35,10 +35,10 @@ def add_covariance_sums(gradient: LayerGradient, A_sum: Tensor, S_sum: Tensor) -
         The number of positions that carried gradient, a 0-dimensional int64 tensor.
     """
     counts = carries_gradient(gradient.output_grads)
-    inputs = gradient.inputs.flatten(0, 1)  # [m, i]
+    inputs = gradient.inputs.flatten(0, 1).to(A_sum.dtype)  # [m, i]
     if not counts.all():
         inputs = inputs * counts.flatten().unsqueeze(-1)
-    output_grads = gradient.output_grads.flatten(0, 1)  # [m, o]
+    output_grads = gradient.output_grads.flatten(0, 1).to(S_sum.dtype)  # [m, o]
     A_sum.addmm_(inputs.T, inputs)
     S_sum.addmm_(output_grads.T, output_grads)
     return counts.sum()

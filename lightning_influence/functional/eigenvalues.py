@@ -1,7 +1,7 @@
 """Lambda, EK-FAC's eigenvalues: second moments of the gradients in the Kronecker eigenbasis.
 
 Lambda_oi = (1/N) sum_n (Q_S^T G_n Q_A)_oi^2 with G_n = sum_s d a^T the whole example's gradient
-(George et al. 2018, arXiv:1806.03884, Section 3.1; Grosse et al. 2023, arXiv:2308.03296, Section 2.3).
+(George et al. 2018, arXiv:1806.03884; Grosse et al. 2023, arXiv:2308.03296).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class GradientCapture:
         self._remove()
         self._records = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
-            hook = _forward_hook(self._records[name])
+            hook = _forward_hook(layer.module, self._records[name])
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -92,8 +92,10 @@ class GradientCapture:
         )
 
 
-def _forward_hook(records: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+def _forward_hook(tracked: nn.Module, records: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if module is not tracked:  # a copy of the model that was made meanwhile has the hook too
+            return
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
         layer_input = next(iter((*args, *kwargs.values()))).detach()

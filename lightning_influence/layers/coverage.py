@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -28,6 +28,10 @@ class TrackedLayer:
     module: nn.Module
     adapter: LayerAdapter
     has_bias: bool
+
+    def of_copy(self, module: nn.Module) -> TrackedLayer:
+        """The same layer in a copy of the model."""
+        return replace(self, module=module)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,9 +96,7 @@ class Coverage:
         """The report after some of the layers turned out not to be attributable."""
         return Coverage(
             tuple(
-                LayerReport(**{**asdict(layer), "covered": 0, "reason": reasons[layer.name]})
-                if layer.name in reasons
-                else layer
+                replace(layer, covered=0, reason=reasons[layer.name]) if layer.name in reasons else layer
                 for layer in self.layers
             )
         )

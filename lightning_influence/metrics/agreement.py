@@ -14,7 +14,8 @@ def mean_rank_correlation(scores: Tensor, reference: Tensor) -> float:
         reference: shape [q, n].
 
     Returns:
-        Between -1 and 1; NaN if a query's scores are all equal.
+        Between -1 and 1. A query whose scores are all equal in both (its gradient is zero) has no order
+        and does not count; NaN if that leaves none.
 
     Example:
         >>> import torch
@@ -22,4 +23,8 @@ def mean_rank_correlation(scores: Tensor, reference: Tensor) -> float:
         >>> round(mean_rank_correlation(scores, scores.exp()), 4)
         1.0
     """
-    return float(spearman_corrcoef(scores.T.contiguous(), reference.T.contiguous()).mean())
+    has_order = (scores != scores[:, :1]).any(1) | (reference != reference[:, :1]).any(1)
+    if not has_order.any():
+        return float("nan")
+    ordered = (values[has_order].T.contiguous() for values in (scores, reference))
+    return float(spearman_corrcoef(*ordered).mean())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ def example_gradients(
     *,
     loss: LossKind = "auto",
     measurement: Measurement | None = None,
+    examples: int | None = None,
 ) -> StepGradients:
     """Gradients of each example's loss (or of *minus* its measurement), in eval mode.
 
@@ -37,26 +39,26 @@ def example_gradients(
         batch: as `training_step` takes it, on the model's device.
         loss: how the loss's scale is known, as in `InfluenceCallback`.
         measurement: `measurement(model, batch) -> [q]`.
+        examples: how many the batch has; by default what the layers or the measurement say.
 
     Raises:
         QueryError: if there is no differentiable loss or measurement.
         CaptureError: if the gradients cannot be tied to the batch's examples.
     """
     capture = StepCapture(layers, loss=loss if measurement is None else "sum")
-    parameters = covered_parameters(layers)
     with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
         batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
         with capture:
             if measurement is None:
-                objective, examples = _training_loss(model, batch), None
+                objective = _training_loss(model, batch)
             else:
                 values = _measured(measurement, model, batch)
                 objective, examples = -values.sum(), len(values)
-            torch.autograd.grad(objective, parameters, allow_unused=True)
+            objective.backward()  # not autograd.grad, which reentrant checkpointing refuses
         return capture.gradients(examples)
 
 
-def covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter]:
+def _covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter]:
     """The parameters that the layers' gradients cover."""
     return [parameter for layer in layers.values() for parameter in layer.parameters.values()]
 
@@ -90,12 +92,26 @@ def _measured(measurement: Measurement, model: nn.Module, batch: Any) -> Tensor:
 
 
 @contextmanager
+def kept_random_states() -> Iterator[None]:
+    """`isolate_rng`, which does not put the states back after an exception."""
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
+
+
+@contextmanager
 def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[None]:
     """Eval mode, gradients for the covered parameters, no logging; everything is put back after."""
     with ExitStack() as restored:
+        for parameter in model.parameters():
+            restored.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
         for module in model.modules():
             restored.callback(setattr, module, "training", module.training)
-        for parameter in covered_parameters(layers):
+        for parameter in _covered_parameters(layers):
             restored.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(True)
         restored.enter_context(_without_logging(model))

@@ -14,7 +14,6 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -25,11 +24,17 @@ from lightning_influence.functional.weights import weights_hash
 from lightning_influence.layer_record import CodecName, LayerPlan, plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.recorder import RecordedCounts, Recorder, expected_bytes_per_row, expected_file_bytes
-from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import LossKind, StepCapture, StepGradients
 from lightning_influence.training.indices import IndexRecorder
+from lightning_influence.training.row_check import check_examples_come_first
 from lightning_influence.training.schedule import CaptureSchedule
-from lightning_influence.training.staleness import final_gradients, rank_agreement, sample_valid
+from lightning_influence.training.staleness import StalenessProbe
+from lightning_influence.training.surroundings import (
+    backpropagated_factor,
+    check_supported,
+    learning_rate,
+    trainable,
+)
 from lightning_influence.training.verification import GradientCheck
 
 STALE_BELOW = 0.9
@@ -66,15 +71,11 @@ class CaptureSession:
     ) -> None:
         self.options, self.trainer, self.model, self.store_id = options, trainer, model, store_id
         self.finished_epoch: int | None = None
-        self._layers, self._coverage = track_layers(model, options.layers)
         self._indices = IndexRecorder(options.index_fn)
-        self._capture = StepCapture(self._layers, loss=options.loss)
+        self._find_layers()
         self._scratch = tempfile.mkdtemp() if trainer.fast_dev_run else None  # type: ignore[attr-defined]
         self._schedule: CaptureSchedule | None = None
-        self._plans: dict[str, LayerPlan] = {}
-        self._is_verified = False
         self._check: GradientCheck | None = None
-        self._bases: dict[str, Eigenbasis] = {}
         self._covariances: dict[str, KroneckerCovariance] = {}
         self._recorder: Recorder | None = None
         self._epoch: int | None = None
@@ -83,16 +84,21 @@ class CaptureSession:
         self._batch_facts: dict[str, float] = {}
         self._is_armed = False
         self._backwards = 0
-        self._largest_batch = 1
+        self._staleness = StalenessProbe()
 
     @property
     def path(self) -> Path:
         """Where the file goes; a fast development run leaves none."""
         return Path(self._scratch) / "influence.h5" if self._scratch else self.options.path
 
+    @property
+    def has_started(self) -> bool:
+        """Whether training began; a fit that has reached its last epoch before does not."""
+        return self._schedule is not None
+
     def start(self) -> None:
         """Before the training dataloader is made."""
-        _check_supported(self.trainer)
+        check_supported(self.trainer)
         self._indices.install(self.trainer)
 
     def start_training(self) -> None:
@@ -103,6 +109,7 @@ class CaptureSession:
         """Decide what this epoch is for."""
         self._epoch = self.trainer.current_epoch
         self._epoch_attributes = {}
+        self._staleness = StalenessProbe()
         self._indices.start_epoch()
         self._bases |= {name: eigenbasis(*metric.compute()) for name, metric in self._covariances.items()}
         self._covariances = {}
@@ -110,8 +117,9 @@ class CaptureSession:
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
         self.disarm()
+        if batch_idx == 0 and self._trainable != trainable(self.model):  # finetuning (un)freezes layers
+            self._find_layers()
         self._batch_rows = self._indices.next_batch(batch, batch_idx)
-        self._largest_batch = max(self._largest_batch, len(self._batch_rows))
         self._backwards = 0
         if not (self._wants_gradients() or not self._is_verified):
             return
@@ -121,9 +129,11 @@ class CaptureSession:
                 "step_start": self.trainer.global_step,
                 "weights_hash_start": weights_hash(self.model),
             }
+        if self._records_rows():
+            self._staleness.see(batch, self._batch_rows, batch_idx, self.trainer.num_training_batches)
         self._batch_facts = {
-            "learning_rate": _learning_rate(self.trainer),
-            "factor": _backpropagated_factor(self.trainer, self.model),
+            "learning_rate": learning_rate(self.trainer),
+            "factor": backpropagated_factor(self.trainer, self.model),
             "step": self.trainer.global_step,
         }
         self._capture.__enter__()
@@ -160,7 +170,9 @@ class CaptureSession:
         if rows is None or not self._batch_facts:
             return
         facts, self._batch_facts = self._batch_facts, {}
-        if outputs or self._backwards or len(self._capture.unseen) < len(self._layers):
+        # Without a backward: a skipped step, or the batch norm update of weight averaging.
+        has_manual_loss = bool(outputs) and not self.model.automatic_optimization
+        if has_manual_loss or self._backwards or len(self._capture.unseen) < len(self._layers):
             self._take_in(rows, facts)
         self._capture.clear()
         if self._recorder is not None and self.trainer.is_last_batch:
@@ -202,6 +214,15 @@ class CaptureSession:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def _find_layers(self) -> None:
+        """Start over with the layers that are trainable now."""
+        self._trainable = trainable(self.model)
+        self._layers, self._coverage = track_layers(self.model, self.options.layers)
+        self._capture = StepCapture(self._layers, loss=self.options.loss)
+        self._plans: dict[str, LayerPlan] = {}
+        self._bases: dict[str, Eigenbasis] = {}
+        self._is_verified = False
+
     def _records_rows(self) -> bool:
         return (
             self._epoch is not None
@@ -233,6 +254,9 @@ class CaptureSession:
             )
         step = self._capture.gradients(len(rows), backpropagated_factor=facts["factor"])
         if not self._plans:
+            check_examples_come_first(
+                self.trainer, self.model, self._layers, step.gradients, rows, self.options.loss
+            )
             self._make_plans(step)
         if self._prepares_bases():
             for name, plan in self._plans.items():
@@ -301,7 +325,9 @@ class CaptureSession:
         recorder = self._recorder
         assert recorder is not None
         layers, counts = recorder.factors(), recorder.counts()
-        staleness, note = self._staleness(recorder, layers)
+        staleness, note = self._staleness.measure(
+            self.trainer, self.model, self._layers, self.options.loss, recorder, layers
+        )
         recorder.finish(
             layers,
             attributes={
@@ -324,19 +350,6 @@ class CaptureSession:
         self.finished_epoch = self._epoch
         self._recorder = None
         self._report(counts, staleness, note)
-
-    def _staleness(self, recorder: Recorder, layers: dict[str, ScoredLayer]) -> tuple[float, str]:
-        """The rank agreement, or NaN and the reason why there is none."""
-        if self.options.index_fn is not None or not self.model.automatic_optimization:
-            return float("nan"), "not measured with `index_fn` or manual optimization"
-        try:
-            chosen = sample_valid(recorder.writer.read_column("valid"))
-            final = final_gradients(
-                self.trainer, self.model, self._layers, chosen, self.options.loss, self._largest_batch
-            )
-            return rank_agreement(layers, final, recorder.stored_rows(chosen)), ""
-        except Exception as error:  # the user's code runs here, in a way it may not be made for
-            return float("nan"), f"{type(error).__name__}: {error}"[:500]
 
     def _report(self, counts: RecordedCounts, staleness: float, note: str) -> None:
         size = os.path.getsize(self.path) / 1e6
@@ -374,26 +387,3 @@ class CaptureSession:
         if self._recorder is not None:
             self._recorder.discard()
             self._recorder = None
-
-
-def _check_supported(trainer: Trainer) -> None:
-    strategy = trainer.strategy
-    if trainer.world_size > 1 or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise UnsupportedTrainingError(
-            f"Capture supports one process, found {type(strategy).__name__} with {trainer.world_size}; "
-            "pass `devices=1` and the default strategy."
-        )
-
-
-def _learning_rate(trainer: Trainer) -> float:
-    """Of the first parameter group; NaN without an optimizer."""
-    if not trainer.optimizers:
-        return float("nan")
-    return float(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def _backpropagated_factor(trainer: Trainer, model: LightningModule) -> float:
-    """What Lightning multiplies the returned loss with before the backward."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = 1.0 if scaler is None else float(scaler.get_scale())
-    return scale / trainer.accumulate_grad_batches if model.automatic_optimization else scale

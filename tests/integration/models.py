@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.store import StoreReader
 from tests.reference.factors import Eigenbasis
-from tests.reference.models import classification_examples
+from tests.reference.models import classification_examples, token_examples
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 STILL = partial(torch.optim.SGD, lr=0.0)  # the weights never move: every row belongs to the same ones
@@ -104,9 +106,8 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.use_reentrant = use_reentrant
         self.first = nn.Linear(5, 4)
-        self.block = nn.Sequential(
-            nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(6, 4)
-        )
+        layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(6, 4)
+        self.block = nn.Sequential(*layers)
         self.last = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,6 +163,17 @@ class Unbatched(nn.Module):
         return self.last(torch.tanh(self.first(x) + self.shared(self.prompt)))
 
 
+class PositionsFirst(nn.Module):
+    """Layers that run on [s, n, 5], as in recurrent nets with `batch_first=False`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.transpose(0, 1)).mean(dim=0)
+
+
 def seeded(make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """A net whose weights are always the same."""
     torch.manual_seed(3)
@@ -191,6 +203,28 @@ def token_data(n: int = 22, *, seed: int = 0) -> TensorDataset:
     return TensorDataset(tokens[:, :-1].clone(), targets)
 
 
+class RaggedTokens(Dataset):
+    """Sequences of 2 to 7 tokens; `padded` collates them."""
+
+    def __init__(self, n: int = 22) -> None:
+        self.examples = token_examples([2 + 5 * row % 6 for row in range(n)])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.examples[index]
+
+
+def padded(examples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch of sequences, as long as its longest; padding is ignored."""
+    tokens, targets = zip(*examples, strict=True)
+    return (
+        pad_sequence(tokens, batch_first=True),
+        pad_sequence(targets, batch_first=True, padding_value=-100),
+    )
+
+
 def train(
     model: LightningModule,
     data: Dataset,
@@ -211,6 +245,12 @@ def train(
     trainer = Trainer(**{**quiet, **trainer_options}, callbacks=list(callbacks))
     trainer.fit(model, DataLoader(data, batch_size=batch_size, shuffle=True, **loader_options or {}))
     return trainer
+
+
+def float16(init_scale: float = 1024.0, **options: Any) -> dict[str, Any]:
+    """Trainer options for float16 with a loss scale, on the CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
+    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
 
 
 def stored_gradients(path: Path) -> dict[str, Tensor]:

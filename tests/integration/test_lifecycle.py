@@ -2,23 +2,49 @@
 
 import csv
 import logging
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that torch's documentation uses)
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import InfluenceCallback, InfluenceError, InfluenceModule
+from lightning_influence.errors import (
+    CaptureError,
+    LayerError,
+    LossNotRecognizedError,
+    RowIndexError,
+    StoreError,
+    UnsupportedTrainingError,
+)
+from lightning_influence.layers import find_adapter
+from lightning_influence.store import StoreReader
 from tests.integration.lifecycle_models import (
     BATCH,
     CLASSES,
@@ -36,23 +62,6 @@ from tests.integration.lifecycle_models import (
     loader,
     make_trainer,
 )
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from lightning_influence import InfluenceCallback, InfluenceError
-from lightning_influence.errors import (
-    CaptureError,
-    LayerError,
-    LossNotRecognizedError,
-    RowIndexError,
-    StoreError,
-    UnsupportedTrainingError,
-)
-from lightning_influence.layers import find_adapter
-from lightning_influence.store import StoreReader
 
 # A few examples rank noisily even where nothing aged; some tests read these warnings themselves.
 pytestmark = [
@@ -89,6 +98,13 @@ def written(path: Path) -> list[bool]:
 def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+class WithData(Classifier):
+    """Brings its own data."""
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
 
 
 # --- exceptions of the user's ---------------------------------------------------------------------
@@ -245,7 +261,14 @@ FAILURES: dict[str, tuple[Callable, Callable, Callable, dict, type[InfluenceErro
     "closed folder": (Classifier, loader, a_closed_folder, {}, StoreError, "Permission denied|permission"),
     "path is a directory": (Classifier, loader, a_directory, {}, StoreError, "must name a file"),
     "all gradients NaN": (Classifier, without_numbers, a_path, {}, CaptureError, "did the loss become NaN"),
-    "no such layer": (Classifier, loader, a_path, {"layers": ["encoder.*"]}, LayerError, "there are: layers.0"),
+    "no such layer": (
+        Classifier,
+        loader,
+        a_path,
+        {"layers": ["encoder.*"]},
+        LayerError,
+        "there are: layers.0",
+    ),
     "layers is a string": (Classifier, loader, a_path, {"layers": "layers.0"}, LayerError, "must be a list"),
     "doubled rows": (
         Classifier,
@@ -273,12 +296,21 @@ FAILURES: dict[str, tuple[Callable, Callable, Callable, dict, type[InfluenceErro
         "give it a `__len__`",
     ),
     "two loaders": (TwoLoaders, lambda: [loader(), loader()], a_path, {}, RowIndexError, "ConcatDataset"),
-    "LBFGS": (WithLBFGS, loader, a_path, {}, UnsupportedTrainingError, "as LBFGS does.*calls its closure once"),
+    "LBFGS": (
+        WithLBFGS,
+        loader,
+        a_path,
+        {},
+        UnsupportedTrainingError,
+        "calls its closure once",
+    ),
 }
 
 
 @pytest.fixture(params=FAILURES, ids=str)
-def failure(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Callable, Callable, Path, dict, type, str]:
+def failure(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> tuple[Callable, Callable, Path, dict, type, str]:
     if request.param == "closed folder" and os.name == "posix" and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     model, data, path, options, error, match = FAILURES[request.param]
@@ -316,37 +348,36 @@ def test_on_error_raise_ends_training_with_the_error(failure: tuple, tmp_path: P
     assert not list(tmp_path.rglob("*.partial"))
 
 
-DISK_FULL = """
-import resource, signal, sys, warnings
-from pathlib import Path
-sys.path.insert(0, {folder!r})
-from tests.integration.lifecycle_models import Classifier, fit, loader
-from lightning_influence import InfluenceCallback
+def train_on_a_full_disk(folder: Path, results: Connection) -> None:
+    """In a process of its own, whose files may not grow beyond a page."""
+    import resource
 
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-out = Path({out!r})
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    trainer = fit(out, Classifier(), loader(), InfluenceCallback(out / "influence.h5"))
-messages = [str(each.message) for each in caught if "InfluenceCallback" in str(each.message)]
-print(trainer.current_epoch, len(messages), list(out.iterdir()), *messages)
-"""
+    for descriptor in (1, 2):  # or what Lightning prints would be too long a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    model = Classifier()
+    with our_warnings() as messages:
+        fit(folder, model, loader(), InfluenceCallback(folder / "influence.h5"))
+    results.send((messages, [parameter.detach().tolist() for parameter in model.parameters()]))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit on file sizes")
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit on file sizes in a forked process")
 def test_training_completes_on_a_full_disk_with_one_warning_and_no_file(tmp_path: Path) -> None:
-    script = DISK_FULL.format(root=str(Path(__file__).parents[2]), out=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    results, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(
+        target=train_on_a_full_disk, args=(tmp_path, sender)
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 1 [] InfluenceCallback has stopped capturing; training goes on. StoreError")
-    assert "Free space" in done.stdout
+    process.start()
+    sender.close()
+    (message,), weights = results.recv()  # EOFError: training did not complete
+    process.join()
+    assert "training goes on. StoreError: no room for" in message
+    assert "Free space" in message
+    assert list(tmp_path.iterdir()) == []
+    alone = Classifier()
+    fit(tmp_path, alone, loader())
+    assert weights == [parameter.tolist() for parameter in alone.parameters()]
 
 
 @pytest.mark.ddp
@@ -580,6 +611,109 @@ def test_a_second_fit_of_the_same_trainer_captures_its_own_final_epoch(tmp_path:
     assert StoreReader(path).attributes["epoch"] == 3
 
 
+def test_a_checkpoint_after_a_second_fit_with_nothing_to_do_still_belongs_to_the_file(tmp_path: Path) -> None:
+    model = Classifier()
+    trainer = fit(tmp_path, model, loader(), InfluenceCallback(tmp_path / "influence.h5"))
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=False)
+    influence = InfluenceModule.from_checkpoint(tmp_path / "late.ckpt", Classifier)
+    assert influence.store.path == tmp_path / "influence.h5"
+
+
+class Validating(Classifier):
+    """Validates and tests with the training data."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", super().training_step(batch, batch_idx))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+
+@pytest.mark.parametrize("interval", [1, 1.0])
+def test_validation_within_and_after_the_captured_epoch_leaves_its_rows_alone(
+    tmp_path: Path, interval: float
+) -> None:
+    path = tmp_path / "influence.h5"
+    trainer = make_trainer(tmp_path, InfluenceCallback(path), val_check_interval=interval)
+    trainer.fit(Validating(0.0), loader(), loader())
+    reader = StoreReader(path)
+    assert reader.column("label").tolist() == dataset().tensors[1].tolist()
+    assert reader.attributes["rows_invalid"] == 0
+
+
+def test_validating_testing_and_predicting_capture_nothing(tmp_path: Path) -> None:
+    model = Validating()
+    trainer = make_trainer(tmp_path, InfluenceCallback(tmp_path / "influence.h5"))
+    with our_warnings() as messages:
+        trainer.validate(model, loader(), verbose=False)
+        trainer.test(model, loader(), verbose=False)
+        trainer.predict(model, loader())
+    assert messages == []
+    assert list(tmp_path.iterdir()) == []
+    assert_nothing_is_left(model, trainer)
+
+
+def test_a_termination_signal_leaves_no_file_and_no_hook(tmp_path: Path) -> None:
+    class Terminated(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            if (self.current_epoch, batch_idx) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    model, folder = Terminated(), tmp_path / "out"
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, model, loader(), InfluenceCallback(folder / "influence.h5"))
+    assert not folder.exists() or list(folder.iterdir()) == []
+    assert_nothing_is_left(model)
+
+
+class Normalizing(Classifier):
+    """With batch statistics, for which weight averaging adds an epoch without any backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+def test_weight_averaging_leaves_the_last_epoch_with_backwards(tmp_path: Path) -> None:
+    path = tmp_path / "influence.h5"
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    callback = InfluenceCallback(path, layers=["layers.*"])
+    with our_warnings() as messages:
+        trainer = fit(tmp_path, Normalizing(), loader(), callback, averaging, max_epochs=3)
+    assert trainer.current_epoch == 4
+    assert StoreReader(path).attributes["epoch"] == 2
+    assert not [message for message in messages if "stopped capturing" in message]
+
+
+def test_searches_for_a_learning_rate_or_batch_size_are_not_captured(tmp_path: Path) -> None:
+    class Searched(WithData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_size = 2
+
+        def train_dataloader(self) -> DataLoader:
+            return loader(batch_size=self.batch_size)
+
+    path, model = tmp_path / "influence.h5", Searched()
+    searches = [
+        BatchSizeFinder(max_trials=1, steps_per_trial=2),
+        LearningRateFinder(num_training_steps=4, update_attr=True),
+    ]
+    trainer = make_trainer(tmp_path, InfluenceCallback(path), *searches, enable_checkpointing=True)
+    with our_warnings() as messages:
+        trainer.fit(model)
+    assert not [message for message in messages if "aged" not in message]
+    facts = StoreReader(path).attributes
+    assert (facts["epoch"], facts["rows_written"], facts["step_end"]) == (1, N, trainer.global_step)
+
+
 def resumed(tmp_path: Path, saving: ModelCheckpoint, first: dict, then: dict) -> Path:
     """Train, then go on from the checkpoint with another trainer; the path of the second file."""
     saving.dirpath = str(tmp_path / "checkpoints")
@@ -640,7 +774,9 @@ class Scheduled(Classifier):
 def test_rows_tell_the_learning_rate_that_was_in_force_at_their_step(tmp_path: Path) -> None:
     path = tmp_path / "influence.h5"
     fit(tmp_path, Scheduled(), loader(shuffle=False), InfluenceCallback(path))
-    assert StoreReader(path).column("learning_rate").tolist() == [2.0 ** -(3 + row // BATCH) for row in range(N)]
+    assert StoreReader(path).column("learning_rate").tolist() == [
+        2.0 ** -(3 + row // BATCH) for row in range(N)
+    ]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -827,14 +963,37 @@ def test_a_layer_whose_gradients_are_not_whole_is_left_out_and_named(
     assert written(path) == [True] * N
 
 
+class Finetuning(Classifier):
+    """Its first layer is trained in some epochs only."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def on_train_epoch_start(self) -> None:
+        self.layers[0].requires_grad_(self.current_epoch == self.epoch)
+
+
+@pytest.mark.parametrize("codec", ["pairs", "eigen"])
+def test_a_layer_that_is_unfrozen_for_the_captured_epoch_is_captured(tmp_path: Path, codec: Any) -> None:
+    model = Finetuning(epoch=1)
+    model.layers[0].requires_grad_(False)
+    fit(tmp_path, model, loader(), InfluenceCallback(tmp_path / "influence.h5", codec=codec))
+    influence = InfluenceModule.attach(model, tmp_path / "influence.h5")
+    assert influence.store.layers == ("layers.0", "layers.2")
+    assert influence.coverage.share == 1
+    assert sum(layer.parameters for layer in influence.coverage.layers) == 32
+
+
+def test_a_layer_that_is_frozen_before_the_captured_epoch_is_not_in_the_file(tmp_path: Path) -> None:
+    model = Finetuning(epoch=0)
+    fit(tmp_path, model, loader(), InfluenceCallback(tmp_path / "influence.h5"))
+    influence = InfluenceModule.attach(model, tmp_path / "influence.h5")
+    assert influence.store.layers == ("layers.2",)
+    assert [layer.name for layer in influence.coverage.layers] == ["layers.2"]
+
+
 # --- command line, several callbacks --------------------------------------------------------------
-
-
-class WithData(Classifier):
-    """Brings its own data."""
-
-    def train_dataloader(self) -> DataLoader:
-        return loader()
 
 
 CONFIG = """
@@ -866,7 +1025,8 @@ def test_the_command_line_trains_and_writes_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("codecs", "pairs"), ("codec", "zip"), ("bytes_per_example", "many"), ("layers", "a.b")]
+    ("name", "value"),
+    [("codecs", "pairs"), ("codec", "zip"), ("bytes_per_example", "many"), ("layers", "a.b")],
 )
 def test_the_command_line_rejects_what_the_callback_does_not_take(
     tmp_path: Path, capsys: pytest.CaptureFixture, name: str, value: str
@@ -883,9 +1043,9 @@ def test_two_callbacks_write_two_files(tmp_path: Path) -> None:
         for path, layer in zip(paths, ["layers.0", "layers.2"], strict=True)
     ]
     model = Classifier()
-    trainer = fit(tmp_path, model, loader(), *callbacks)
+    fit(tmp_path, model, loader(), *callbacks)
     first, last = (StoreReader(path) for path in paths)
     assert (first.layers, last.layers) == (("layers.0",), ("layers.2",))
     assert first.store_id != last.store_id
     assert written(paths[0]) == written(paths[1]) == [True] * N
-    assert_nothing_is_left(model, trainer)
+    assert_nothing_is_left(model)

@@ -100,7 +100,8 @@ class InfluenceCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What ties a checkpoint to its file; plain strings, loadable with `weights_only=True`."""
-        session = self._session
+        # a fit that had nothing left to train, or whose capture failed, leaves the file before it
+        session = self._session if self._session is not None and self._session.has_started else self._finished
         if session is None:
             return {}
         trainer = session.trainer
@@ -113,9 +114,7 @@ class InfluenceCallback(Callback):
         """Find the layers and watch the dataloader that is about to be made."""
         if stage != "fit":
             return
-        self._close()
-        if self._session is not None and self._session.finished_epoch is not None:
-            self._finished = self._session
+        self._retire()
         self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex)
         self._session.start()
 
@@ -179,11 +178,9 @@ class InfluenceCallback(Callback):
         """Leave everything as it was."""
         if stage == "fit":
             self._close()
-            if self._session is not None and not self._session.has_started:  # there was nothing to train
-                self._session = self._finished
 
     def _close(self) -> None:
-        """Close the session, whatever happens; it stays known to later checkpoints if it has a file."""
+        """Clean up after the session, whatever happens; it stays known to later checkpoints."""
         if self._session is None:
             return
         try:
@@ -191,9 +188,15 @@ class InfluenceCallback(Callback):
         except Exception:  # cleaning up must not hide the user's own exception
             logger.exception("InfluenceCallback could not clean up after itself")
 
-    def _fail(self, error: Exception) -> None:
+    def _retire(self) -> None:
+        """Be done with the session; the last one that has a file stays known to checkpoints."""
         self._close()
+        if self._session is not None and self._session.finished_epoch is not None:
+            self._finished = self._session
         self._session = None
+
+    def _fail(self, error: Exception) -> None:
+        self._retire()
         if self.on_error == "raise":
             raise error
         logger.debug("capture failed", exc_info=error)

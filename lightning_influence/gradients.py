@@ -59,9 +59,9 @@ class LayerGradient:
         return torch.einsum("nso,nsi->noi", self.output_grads, self.inputs)
 
     def is_finite(self) -> Tensor:
-        """Whether an example's factors are all finite, bool [n]."""
-        # one pass: a sum is finite only if all of its terms are
-        return (self.inputs.sum((1, 2)) + self.output_grads.sum((1, 2))).isfinite()
+        """Whether an example can enter sums of squares: bool [n], False for NaN, infinity and overflow."""
+        a, d = self.inputs.flatten(1).norm(dim=1), self.output_grads.flatten(1).norm(dim=1)
+        return (a.square() + d.square() + (a * d).square()).isfinite()
 
     @classmethod
     def concatenate(cls, parts: Sequence[LayerGradient]) -> LayerGradient:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_influence.attachment import check_weights, find_store
 from lightning_influence.curvature import Curvature, Damping
-from lightning_influence.errors import WeightsMismatchError
+from lightning_influence.errors import CorruptStoreError, WeightsMismatchError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage, TrackedLayer, find_adapter
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery
@@ -178,7 +178,12 @@ class InfluenceModule(LightningModule):
     @property
     def coverage(self) -> Coverage:
         """Which parameters are attributed, and why the others are not."""
-        return Coverage.from_builtins(self.store.document("coverage"))
+        try:
+            return Coverage.from_builtins(self.store.document("coverage"))
+        except (TypeError, AttributeError) as error:
+            raise CorruptStoreError(
+                f"{self.store.path}: the document 'coverage' cannot be read: {error}. Capture again."
+            ) from error
 
     def summary(self) -> str:
         """What the file holds, in a few lines."""

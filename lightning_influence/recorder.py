@@ -180,8 +180,9 @@ class Recorder:
             found = step.gradients[name].positions
             if plan.codec == "pairs" and found > plan.positions:
                 raise LayerError(
-                    f"Layer {name!r} has {found} positions in an example, but rows of pairs were laid out for "
-                    f'the {plan.positions} of the first batch; pass `codec="eigen"`, or pad all batches alike.'
+                    f"Layer {name!r} has {found} positions in an example, but rows of pairs were laid out "
+                    f"for the {plan.positions} of the first batch; pass `codec='eigen'`, or pad all batches "
+                    "alike."
                 )
 
     def _flush(self) -> None:

@@ -2,8 +2,8 @@
 
 Five things differ from the plain base class. Processes are joined by an all-reduce in place (gather
 and stack would hold one copy a process). `compute` keeps no second copy of its result. Loading a
-state checks its shape. Casts such as `.to(torch.bfloat16)` move the sums but leave their precision. A matrix of shape [1, 1],
-such as S of a layer with one output, stays a matrix.
+state checks its shape. Casts such as `.to(torch.bfloat16)` move the sums but leave their precision. A
+matrix of shape [1, 1], such as S of a layer with one output, stays a matrix.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def covariance(gradient: LayerGradient) -> tuple[Tensor, Tensor]:
     """A [i, i] and S [o, o] of one batch.
 
     Example:
+        >>> import torch
         >>> a, d = torch.ones(2, 1, 3), torch.ones(2, 1, 2)
         >>> A, S = covariance(LayerGradient(a, d))
         >>> A[0, 0].item(), S[0, 0].item()

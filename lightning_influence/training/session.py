@@ -71,6 +71,7 @@ class CaptureSession:
     ) -> None:
         self.options, self.trainer, self.model, self.store_id = options, trainer, model, store_id
         self.finished_epoch: int | None = None
+        self._path = options.path.absolute()  # whatever the working directory becomes
         self._indices = IndexRecorder(options.index_fn)
         self._find_layers()
         self._scratch = tempfile.mkdtemp() if trainer.fast_dev_run else None  # type: ignore[attr-defined]
@@ -85,11 +86,12 @@ class CaptureSession:
         self._is_armed = False
         self._backwards = 0
         self._staleness = StalenessProbe()
+        self._staleness_found = float("nan")
 
     @property
     def path(self) -> Path:
         """Where the file goes; a fast development run leaves none."""
-        return Path(self._scratch) / "influence.h5" if self._scratch else self.options.path
+        return Path(self._scratch) / "influence.h5" if self._scratch else self._path
 
     @property
     def has_started(self) -> bool:
@@ -190,13 +192,19 @@ class CaptureSession:
         self._epoch = None
 
     def end_training(self) -> None:
-        """Say so if there is no file."""
+        """Say so if there is no file, or its rows are old."""
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             rank_zero_warn(
                 "InfluenceCallback: training ended without a complete captured epoch"
                 + (f" (epoch {wanted} was to be captured)" if wanted is not None else "")
                 + f", so {self.options.path} was not written. Train at least one whole epoch, from its start."
+            )
+        if self._staleness_found < STALE_BELOW:
+            rank_zero_warn(
+                f"InfluenceCallback: rows aged within the epoch (Spearman {self._staleness_found:.3f} with the "
+                f"final weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the final "
+                "epoch."
             )
 
     def disarm(self) -> None:
@@ -361,7 +369,10 @@ class CaptureSession:
             "influence/file_megabytes": size,
         }
         for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.trainer.global_step)
+            try:
+                logger.log_metrics(metrics, step=self.trainer.global_step)
+            except Exception as error:  # the file is written, whatever a logger thinks of its numbers
+                rank_zero_warn(f"InfluenceCallback: {type(logger).__name__} did not take {metrics}: {error}")
         aged = f"staleness {staleness:.3f}" if staleness == staleness else f"staleness not measured ({note})"
         rank_zero_info(
             f"InfluenceCallback: epoch {self._epoch} is in {self.path}: {counts.written:,} rows, "
@@ -372,11 +383,7 @@ class CaptureSession:
                 f"InfluenceCallback: {counts.invalid:,} rows have non-finite gradients; they are marked "
                 "invalid and are in no factor."
             )
-        if staleness < STALE_BELOW:
-            rank_zero_warn(
-                f"InfluenceCallback: rows aged within the epoch (Spearman {staleness:.3f} with the final "
-                f"weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the final epoch."
-            )
+        self._staleness_found = staleness
 
     def _what_there_is(self) -> str:
         if self.finished_epoch is None:

@@ -50,10 +50,10 @@ class Block:
         cls, step: StepGradients, indices: np.ndarray, step_index: int, learning_rate: float
     ) -> Block:
         """One training step's examples."""
-        n = len(indices)
-        labels = np.full(n, -1) if step.labels is None else step.labels.cpu().numpy()
+        n, scale = len(indices), step.scale
+        labels = np.full(n, -1) if scale.labels is None else scale.labels.cpu().numpy()
         columns = {
-            "loss": step.losses.cpu().numpy(),
+            "loss": scale.losses.cpu().numpy(),
             "label": labels,
             "step": np.full(n, step_index),
             "learning_rate": np.full(n, learning_rate, np.float32),

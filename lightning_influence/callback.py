@@ -90,13 +90,15 @@ class InfluenceCallback(Callback):
             raise ValueError(f"`bytes_per_example` must be positive, got {bytes_per_example}.")
         self.options = CaptureOptions(Path(path), layers, codec, bytes_per_example, fisher, loss, index_fn)
         self.on_error = on_error
+        # Lightning asks for the key at every hook of every batch
+        self._state_key = self._generate_state_key(path=str(self.options.path))
         self._session: CaptureSession | None = None
         self._finished: CaptureSession | None = None  # the last one that has a file
 
     @property
     def state_key(self) -> str:
         """Two callbacks that write to different files can live in one trainer."""
-        return self._generate_state_key(path=str(self.options.path))
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         """What ties a checkpoint to its file; plain strings, loadable with `weights_only=True`."""

@@ -100,7 +100,7 @@ class Recorder:
             learning_rate: of the first parameter group at this step.
         """
         self._check_positions(step)
-        self.loss = step.loss
+        self.loss = self.loss or step.scale.description
         self._buffer.append(Block.of_step(step, indices, step_index, learning_rate))
         examples = sum(len(block) for block in self._buffer)
         if examples >= BLOCK_EXAMPLES or sum(block.nbytes for block in self._buffer) >= BLOCK_BYTES:

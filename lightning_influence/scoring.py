@@ -86,16 +86,11 @@ class ScoredLayer:
         return self.codec.quadratic(inverse, self.basis, arrays)
 
 
-def scores_between(
+def sum_of_scores(
     layers: Mapping[str, ScoredLayer],
-    queries: Mapping[str, LayerGradient],
+    preconditioned: Mapping[str, Tensor],
     arrays: Mapping[str, Mapping[str, Tensor]],
-    curvature: Curvature,
-    damping: Damping,
 ) -> Tensor:
     """Scores [q, n] of a few encoded rows, summed over the layers."""
-    parts = [
-        layer.scores(layer.precondition(queries[name], curvature, damping), arrays[name])
-        for name, layer in layers.items()
-    ]
+    parts = [layer.scores(preconditioned[name], arrays[name]) for name, layer in layers.items()]
     return sum(parts[1:], start=parts[0])

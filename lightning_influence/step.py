@@ -26,18 +26,14 @@ class StepGradients:
 
     Args:
         gradients: of each tracked layer, float32, of the examples' own summed losses.
-        losses: each example's loss, shape [n]; NaN where the loss was declared and not seen.
-        labels: each example's class, int64 [n], where the loss has one.
-        loss: what the loss was, in plain values.
+        scale: of the loss, with each example's loss and label.
     """
 
     gradients: dict[str, LayerGradient]
-    losses: Tensor
-    labels: Tensor | None
-    loss: dict[str, object]
+    scale: LossScale
 
     def __len__(self) -> int:
-        return len(self.losses)
+        return len(self.scale.losses)
 
 
 class _Eager:
@@ -135,7 +131,7 @@ class StepCapture:
             for name, layer in self.layers.items()
         }
         self.clear()
-        return StepGradients(gradients, scale.losses, scale.labels, scale.description)
+        return StepGradients(gradients, scale)
 
     def clear(self) -> None:
         """Forget the step, so that its activations can be freed."""

@@ -98,12 +98,13 @@ def _forward_hook(tracked: nn.Module, records: list[tuple[Tensor, Tensor]]) -> C
             return
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
-        layer_input = next(iter((*args, *kwargs.values()))).detach()
-        shape = output.shape
-        # list.append returns None: a hook that returns a tensor would replace the gradient.
-        _in_graph(output).register_hook(
-            lambda grad: records.append((layer_input, grad.detach().reshape(shape)))
-        )
+        with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+            layer_input = next(iter((*args, *kwargs.values()))).detach()
+            shape = output.shape
+            # list.append returns None: a hook that returns a tensor would replace the gradient.
+            _in_graph(output).register_hook(
+                lambda grad: records.append((layer_input, grad.detach().reshape(shape)))
+            )
 
     return hook
 

@@ -33,7 +33,7 @@ class LossReading:
     losses: Tensor
     constant: Tensor
     unreduced_constant: Tensor
-    is_ignored: Tensor
+    is_ignored: Tensor | None
     labels: Tensor | None
 
     def __str__(self) -> str:
@@ -64,10 +64,10 @@ def read_call(call: LossCall, n: int) -> LossReading:
     elif reduction == "batchmean":
         count = float(arguments["input"].shape[0]) if arguments["input"].ndim else 1.0
 
-    is_ignored = torch.zeros(n, dtype=torch.bool, device=values.device)
-    labels, target = None, arguments["target"]
+    is_ignored, labels, target = None, None, arguments["target"]
     if rule.has_classes and not target.is_floating_point():
-        is_ignored = (target == arguments["ignore_index"]).reshape(n, -1).all(dim=1)
+        if reduction == "none":
+            is_ignored = (target == arguments["ignore_index"]).reshape(n, -1).all(dim=1)
         labels = target.reshape(n).long() if target.numel() == n else None
     return LossReading(call.name, reduction, count, losses, constant, unreduced_constant, is_ignored, labels)
 

@@ -7,7 +7,9 @@ the weights relative to one another are kept, and the first call's scale is take
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,15 +37,22 @@ class LossScale:
         losses: per-example losses l_n, shape [n], of the factor's dtype, detached; of several
             calls their weighted sum. NaN where unknown.
         labels: the first call's class of each example, shape [n], int64, else None.
-        description: for the file, plain builtins: function, reduction, count, the constant |c|
-            (its largest entry for unreduced losses), and, for each call, `terms` with its weight
-            relative to the first's magnitude.
+        describe: makes `description`, which is wanted of one step only.
     """
 
     factor: Tensor
     losses: Tensor
     labels: Tensor | None
-    description: dict[str, object]
+    describe: Callable[[], dict[str, object]]
+
+    @property
+    def description(self) -> dict[str, object]:
+        """For the file, in plain builtins.
+
+        Function, reduction, count, the constant |c| (its largest entry for unreduced losses), and, for
+        each call, `terms` with its weight relative to the first's magnitude.
+        """
+        return self.describe()
 
 
 def declared_scale(kind: Literal["mean", "sum"], n: int, backpropagated_factor: float) -> LossScale:
@@ -74,7 +83,7 @@ def declared_scale(kind: Literal["mean", "sum"], n: int, backpropagated_factor: 
         "constant": constant,
     }
     factor = _divide(count, torch.tensor(constant))
-    return LossScale(factor, torch.full((n,), math.nan), None, description)
+    return LossScale(factor, torch.full((n,), math.nan), None, lambda: description)
 
 
 @torch.no_grad()
@@ -96,7 +105,7 @@ def scale_of_calls(calls: list[LossCall], n: int) -> LossScale:
 
     dtype = torch.promote_types(first.constant.dtype, torch.float32)
     factor = _divide(first.count, first.constant.abs().to(dtype))
-    if first.reduction == "none":
+    if first.is_ignored is not None:
         factor = factor.where((first.constant != 0) | ~first.is_ignored, 0)
     sign = first.constant.sign()
     losses = sum(
@@ -105,7 +114,7 @@ def scale_of_calls(calls: list[LossCall], n: int) -> LossScale:
     )
     if first.reduction == "none":
         losses = losses.where(factor.isfinite(), math.nan)
-    return LossScale(factor, losses.to(dtype), first.labels, _describe(readings, weights))
+    return LossScale(factor, losses.to(dtype), first.labels, partial(_describe, readings, weights))
 
 
 def _counting(calls: list[LossCall]) -> list[LossCall]:
@@ -167,6 +176,9 @@ def _describe(readings: list[LossReading], weights: list[float]) -> dict[str, ob
 
 def _divide(count: float, constant: Tensor) -> Tensor:
     """`count / constant`, NaN unless both are positive and finite."""
+    if constant.ndim == 0:  # the usual case, in one operation instead of seven
+        c = float(constant)
+        return constant.new_tensor(count / c if count > 0 and 0 < c < math.inf else math.nan)
     factor = count / constant
     return factor.where((constant > 0) & constant.isfinite() & (factor > 0), math.nan)
 

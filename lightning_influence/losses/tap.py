@@ -110,7 +110,8 @@ class LossTap(TorchFunctionMode):
         if not value.requires_grad:
             return
         call = LossCall(func, args, kwargs)  # does not refer to `value`: no reference cycle
-        value.register_hook(call.add_constant)
+        with torch._C.DisableTorchFunction():
+            value.register_hook(call.add_constant)
         self._calls.append(call)
 
 

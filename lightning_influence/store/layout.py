@@ -19,12 +19,20 @@ HEADER_BYTES = 4096  # generous: what HDF5 spends on one dataset or group of our
 
 # The object formats of HDF5 1.8: every piece of metadata has a checksum, and all readers know them.
 _LIBVER = ("v108", "v108")
+META_BLOCK_BYTES = 1 << 16  # metadata side by side, so that HDF5 writes it in a few large pieces
 _ALIGNMENT = 64  # bytes; row arrays start on a cache line when mapped
 
 
 def open_for_writing(path: Path) -> h5py.File:
     """Open an existing file so that what is added keeps its format and alignment."""
-    return h5py.File(path, "r+", libver=_LIBVER, alignment_threshold=1, alignment_interval=_ALIGNMENT)
+    return h5py.File(
+        path,
+        "r+",
+        libver=_LIBVER,
+        alignment_threshold=1,
+        alignment_interval=_ALIGNMENT,
+        meta_block_size=META_BLOCK_BYTES,
+    )
 
 
 def create_file(
@@ -56,7 +64,7 @@ def create_file(
     path.unlink(missing_ok=True)  # not truncated: somebody may have it mapped
     with path.open("xb") as file:
         file.write(empty.getvalue())
-    wanted = 16 * HEADER_BYTES + sum(len(layer) + 4 * HEADER_BYTES for layer in layers)
+    wanted = META_BLOCK_BYTES + 16 * HEADER_BYTES + sum(len(layer) + 4 * HEADER_BYTES for layer in layers)
     for name, spec in specs.items():
         wanted += num_examples * spec.nbytes + len(name) + HEADER_BYTES
     disk.reserve(path, wanted)
@@ -80,7 +88,9 @@ def create_file(
     return offsets
 
 
-def create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
+def create_dataset(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype, crc32: int = 0
+) -> h5py.Dataset:
     """An unfilled contiguous dataset whose place in the file is fixed at once.
 
     `Group.create_dataset` has no argument for early allocation, hence the lower level.
@@ -100,5 +110,5 @@ def create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np
             properties,
         )
     )
-    dataset.attrs["crc32"] = np.uint32(0)
+    dataset.attrs["crc32"] = np.uint32(crc32)
     return dataset

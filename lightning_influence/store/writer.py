@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from lightning_influence.errors import StoreError
@@ -211,7 +212,7 @@ class StoreWriter:
                 additions[f"layers/{layer}/factors/{name}"] = encode_factor(layer, name, array)
 
         try:
-            wanted = self.partial_path.stat().st_size + 16 * layout.HEADER_BYTES
+            wanted = self.partial_path.stat().st_size + layout.META_BLOCK_BYTES + 16 * layout.HEADER_BYTES
             for name, value in (encoded | additions).items():
                 wanted += value.nbytes + len(name) + layout.HEADER_BYTES
             disk.reserve(self.partial_path, wanted)
@@ -238,9 +239,8 @@ class StoreWriter:
             for name, rows in self._rows.items():
                 file[name].attrs.modify("crc32", np.uint32(zlib.crc32(rows.data)))
             for name, array in additions.items():
-                dataset = layout.create_dataset(file, name, array.shape, array.dtype)
-                dataset[...] = array
-                dataset.attrs.modify("crc32", np.uint32(zlib.crc32(array.data)))
+                dataset = layout.create_dataset(file, name, array.shape, array.dtype, zlib.crc32(array.data))
+                dataset.id.write(h5py.h5s.ALL, h5py.h5s.ALL, array)  # a fifth of the time of `[...] =`
             for name, value in attributes.items():
                 file.attrs[name] = value
             file.flush()  # or a run killed just now might leave the flag without the rest

@@ -121,10 +121,11 @@ class CaptureSession:
         self.disarm()
         if batch_idx == 0 and self._trainable != trainable(self.model):  # finetuning (un)freezes layers
             self._find_layers()
-        self._batch_rows = self._indices.next_batch(batch, batch_idx)
         self._backwards = 0
-        if not (self._wants_gradients() or not self._is_verified):
+        if self._is_verified and not self._wants_gradients():
+            self._indices.skip_batch(batch_idx)
             return
+        self._batch_rows = self._indices.next_batch(batch, batch_idx)
         if self._records_rows() and not self._epoch_attributes:
             self._epoch_attributes = {
                 "epoch": self.trainer.current_epoch,
@@ -202,9 +203,9 @@ class CaptureSession:
             )
         if self._staleness_found < STALE_BELOW:
             rank_zero_warn(
-                f"InfluenceCallback: rows aged within the epoch (Spearman {self._staleness_found:.3f} with the "
-                f"final weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the final "
-                "epoch."
+                f"InfluenceCallback: rows aged within the epoch (Spearman {self._staleness_found:.3f} with "
+                f"the final weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the "
+                "final epoch."
             )
 
     def disarm(self) -> None:

@@ -26,13 +26,13 @@ from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
-from lightning_influence.scoring import ScoredLayer, scores_between
+from lightning_influence.scoring import ScoredLayer, sum_of_scores
 from lightning_influence.step import LossKind
 from lightning_influence.training.asking import example_gradients, kept_random_states
 
 EXAMPLES = 128
-QUERIES = 32
-BATCHES = 8  # as many ages of rows, unless batches are very large or very small
+QUERIES = 16
+BATCHES = 8  # as many ages of rows, unless batches are very large or small, or the epoch is short
 
 
 class StalenessProbe:
@@ -112,8 +112,8 @@ def _spread(num_batches: float, batch_size: int) -> frozenset[int]:
     """Numbers of the batches to keep: the middles of equal parts of the epoch."""
     if math.isinf(num_batches):
         return frozenset()
-    affordable = min(BATCHES, max(2, 4 * EXAMPLES // batch_size))
-    parts = min(int(num_batches), max(affordable, math.ceil(EXAMPLES / batch_size)))
+    affordable = min(BATCHES, num_batches // 6, max(2, 4 * EXAMPLES // batch_size))
+    parts = min(int(num_batches), max(int(affordable), math.ceil(EXAMPLES / batch_size)))
     return frozenset(int((part + 0.5) * num_batches / parts) for part in range(parts))
 
 
@@ -150,6 +150,7 @@ def rank_agreement(
     asked = {name: gradient[:queries] for name, gradient in final.items()}
     now = {name: layer.codec.encode(final[name]) for name, layer in layers.items()}
     kind, rule = get_curvature("ekfac"), HeuristicDamping()
-    scores = [scores_between(layers, asked, arrays, kind, rule) for arrays in (stored, now)]
+    projected = {name: layer.precondition(asked[name], kind, rule) for name, layer in layers.items()}
+    scores = [sum_of_scores(layers, projected, arrays) for arrays in (stored, now)]
     others = ~torch.eye(queries, examples, dtype=torch.bool)  # a query's own row is no news
     return mean_rank_correlation(*(each.cpu()[others].view(queries, examples - 1) for each in scores))

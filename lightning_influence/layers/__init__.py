@@ -3,9 +3,10 @@
 from lightning_influence.layers import linear as linear  # registers its adapter
 from lightning_influence.layers.base import LayerAdapter, find_adapter, register_adapter
 from lightning_influence.layers.capture import GradientCapture
-from lightning_influence.layers.coverage import Coverage, LayerReport, TrackedLayer, track_layers
+from lightning_influence.layers.coverage import NOT_CHOSEN, Coverage, LayerReport, TrackedLayer, track_layers
 
 __all__ = [
+    "NOT_CHOSEN",
     "Coverage",
     "GradientCapture",
     "LayerAdapter",

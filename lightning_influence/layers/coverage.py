@@ -14,6 +14,8 @@ from lightning_influence.errors import LayerError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers.base import LayerAdapter, find_adapter
 
+NOT_CHOSEN = "not named in `layers`"
+
 
 @dataclass(frozen=True)
 class TrackedLayer:
@@ -169,7 +171,7 @@ def _reason_against(
     model: nn.Module,
 ) -> str:
     if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
-        return "not named in `layers`"
+        return NOT_CHOSEN
     if adapter is None:
         return "this type of layer is not supported"
     if not module.get_parameter("weight").requires_grad:

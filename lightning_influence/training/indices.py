@@ -89,9 +89,10 @@ class _RecordingSampler:
 class IndexRecorder:
     """Tells the dataset index of every row of every training batch.
 
-    Call `install` in `setup("fit")`, `start_epoch` in `on_train_epoch_start`, `next_batch` or
-    `skip_batch` in every `on_train_batch_start`, and `uninstall` in `teardown` and in `on_exception`.
-    Training sees the same batches in the same order and the same random numbers as without it.
+    Call `install` in `setup("fit")`, `start_epoch` in `on_train_epoch_start`, `next_batch` in every
+    `on_train_batch_start` (or `skip_rest` once, for the rest of an epoch), and `uninstall` in
+    `teardown` and in `on_exception`. Training sees the same batches in the same order and the same
+    random numbers as without it.
 
     Args:
         index_fn: A function from a batch, as `training_step` gets it, to one dataset index per row.
@@ -172,10 +173,10 @@ class IndexRecorder:
             raise RowIndexError(f"`index_fn` raised {type(err).__name__}: {err}") from err
         return _to_indices(found, "`index_fn`", self.num_examples)
 
-    def skip_batch(self, batch_idx: int) -> None:
-        """Let go of a batch's indices; call it instead of `next_batch` where they are not wanted."""
-        if self._recording is not None:
-            self._pop(batch_idx)
+    def skip_rest(self) -> None:
+        """Keep no more indices of this epoch: `next_batch` will be called again in the next one."""
+        for current in self._recording._passes if self._recording is not None else ():
+            current.drawn = deque(maxlen=0)
 
     def _watch(self, loader: object, is_recording: Callable[[], bool]) -> None:
         self._unwatch()  # an earlier loader is done with, or is one of several, which is refused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_influence.errors import LayerError, UnsupportedTrainingError
@@ -23,8 +21,9 @@ from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
 from lightning_influence.functional.weights import weights_hash
 from lightning_influence.layer_record import CodecName, LayerPlan, plan_layers
 from lightning_influence.layers import track_layers
-from lightning_influence.recorder import RecordedCounts, Recorder, expected_bytes_per_row, expected_file_bytes
+from lightning_influence.recorder import Recorder
 from lightning_influence.step import LossKind, StepCapture, StepGradients
+from lightning_influence.training import report
 from lightning_influence.training.indices import IndexRecorder
 from lightning_influence.training.row_check import check_examples_come_first
 from lightning_influence.training.schedule import CaptureSchedule
@@ -36,8 +35,6 @@ from lightning_influence.training.surroundings import (
     trainable,
 )
 from lightning_influence.training.verification import GradientCheck
-
-STALE_BELOW = 0.9
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,7 @@ class CaptureSession:
         self._backwards = 0
         self._staleness = StalenessProbe()
         self._staleness_found = float("nan")
+        self._skips_rest = False
 
     @property
     def path(self) -> Path:
@@ -112,6 +110,7 @@ class CaptureSession:
         self._epoch = self.trainer.current_epoch
         self._epoch_attributes = {}
         self._staleness = StalenessProbe()
+        self._skips_rest = False
         self._indices.start_epoch()
         self._bases |= {name: eigenbasis(*metric.compute()) for name, metric in self._covariances.items()}
         self._covariances = {}
@@ -123,7 +122,9 @@ class CaptureSession:
             self._find_layers()
         self._backwards = 0
         if self._is_verified and not self._wants_gradients():
-            self._indices.skip_batch(batch_idx)
+            if not self._skips_rest:
+                self._skips_rest = True
+                self._indices.skip_rest()
             return
         self._batch_rows = self._indices.next_batch(batch, batch_idx)
         if self._records_rows() and not self._epoch_attributes:
@@ -185,10 +186,7 @@ class CaptureSession:
         """An epoch whose last batch was never reached leaves no file."""
         self.disarm()
         if self._recorder is not None:
-            rank_zero_warn(
-                f"InfluenceCallback: epoch {self._epoch} ended before its last batch, so its rows are not "
-                f"whole and were dropped. {self._what_there_is()}"
-            )
+            report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch)
             self._drop_recorder()
         self._epoch = None
 
@@ -196,17 +194,8 @@ class CaptureSession:
         """Say so if there is no file, or its rows are old."""
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
-            rank_zero_warn(
-                "InfluenceCallback: training ended without a complete captured epoch"
-                + (f" (epoch {wanted} was to be captured)" if wanted is not None else "")
-                + f", so {self.options.path} was not written. Train at least one whole epoch, from its start."
-            )
-        if self._staleness_found < STALE_BELOW:
-            rank_zero_warn(
-                f"InfluenceCallback: rows aged within the epoch (Spearman {self._staleness_found:.3f} with "
-                f"the final weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the "
-                "final epoch."
-            )
+            report.warn_of_no_file(self.options.path, wanted)
+        report.warn_if_stale(self._staleness_found)
 
     def disarm(self) -> None:
         """Remove the hooks; may be called at any time."""
@@ -297,24 +286,15 @@ class CaptureSession:
                 "The training dataset has no length, so its rows have no place; give it a `__len__`."
             )
         self._plans = plan_layers(self._layers, step.gradients, self.options.codec)
-        self._announce()
-
-    def _announce(self) -> None:
-        """One line on what will be captured; one warning that names what is not."""
         assert self._schedule is not None
-        assert self._indices.num_examples is not None
-        codecs = [plan.codec for plan in self._plans.values()]
-        when = "each epoch (training may stop early)" if self._schedule.is_rolling else "the final epoch"
-        row = expected_bytes_per_row(self._plans, self.options.bytes_per_example)
-        size = expected_file_bytes(self._plans, row, self._indices.num_examples)
-        rank_zero_info(
-            f"InfluenceCallback: captures {when} into {self.options.path}: {len(codecs)} layers ("
-            + ", ".join(f"{codecs.count(codec)} as {codec}" for codec in dict.fromkeys(codecs))
-            + f"), {self._coverage.share:.1%} of the trainable parameters, {row:,} bytes per row, about "
-            f"{size / 1e6:.1f} MB for {self._indices.num_examples:,} examples"
+        report.announce(
+            self.options.path,
+            self._plans,
+            self._coverage,
+            is_rolling=self._schedule.is_rolling,
+            bytes_per_example=self.options.bytes_per_example,
+            num_examples=self._indices.num_examples,
         )
-        if any(layer.reason != "not named in `layers`" for layer in self._coverage.uncovered):
-            rank_zero_warn(f"InfluenceCallback: {self._coverage}")
 
     def _make_recorder(self) -> Recorder:
         assert self._schedule is not None
@@ -358,38 +338,8 @@ class CaptureSession:
             self._bases = recorder.next_bases()
         self.finished_epoch = self._epoch
         self._recorder = None
-        self._report(counts, staleness, note)
-
-    def _report(self, counts: RecordedCounts, staleness: float, note: str) -> None:
-        size = os.path.getsize(self.path) / 1e6
-        metrics = {
-            "influence/rows_written": counts.written,
-            "influence/rows_missing": counts.missing,
-            "influence/rows_invalid": counts.invalid,
-            "influence/staleness_spearman": staleness,
-            "influence/file_megabytes": size,
-        }
-        for logger in self.trainer.loggers:
-            try:
-                logger.log_metrics(metrics, step=self.trainer.global_step)
-            except Exception as error:  # the file is written, whatever a logger thinks of its numbers
-                rank_zero_warn(f"InfluenceCallback: {type(logger).__name__} did not take {metrics}: {error}")
-        aged = f"staleness {staleness:.3f}" if staleness == staleness else f"staleness not measured ({note})"
-        rank_zero_info(
-            f"InfluenceCallback: epoch {self._epoch} is in {self.path}: {counts.written:,} rows, "
-            f"{counts.missing:,} missing, {counts.invalid:,} invalid, {size:.1f} MB, {aged}"
-        )
-        if counts.invalid:
-            rank_zero_warn(
-                f"InfluenceCallback: {counts.invalid:,} rows have non-finite gradients; they are marked "
-                "invalid and are in no factor."
-            )
         self._staleness_found = staleness
-
-    def _what_there_is(self) -> str:
-        if self.finished_epoch is None:
-            return "No file was written."
-        return f"{self.path} holds epoch {self.finished_epoch}."
+        report.report_file(self.trainer, self.path, self._epoch, counts, staleness, note)
 
     def _drop_recorder(self) -> None:
         if self._recorder is not None:

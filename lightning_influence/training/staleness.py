@@ -112,7 +112,7 @@ def _spread(num_batches: float, batch_size: int) -> frozenset[int]:
     """Numbers of the batches to keep: the middles of equal parts of the epoch."""
     if math.isinf(num_batches):
         return frozenset()
-    affordable = min(BATCHES, num_batches // 6, max(2, 4 * EXAMPLES // batch_size))
+    affordable = min(BATCHES, num_batches // 12, max(2, 4 * EXAMPLES // batch_size))
     parts = min(int(num_batches), max(int(affordable), math.ceil(EXAMPLES / batch_size)))
     return frozenset(int((part + 0.5) * num_batches / parts) for part in range(parts))
 

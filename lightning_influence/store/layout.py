@@ -4,6 +4,7 @@ HDF5 recovers badly from a write that fails, so the writer reserves disk blocks 
 calls: HDF5 then only ever writes to blocks that the file has.
 """
 
+import functools
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -58,12 +59,9 @@ def create_file(
     Raises:
         StoreError: if there is no room.
     """
-    empty = io.BytesIO()
-    with h5py.File(empty, "w", libver=_LIBVER):
-        pass
     path.unlink(missing_ok=True)  # not truncated: somebody may have it mapped
     with path.open("xb") as file:
-        file.write(empty.getvalue())
+        file.write(_empty_file())
     wanted = META_BLOCK_BYTES + 16 * HEADER_BYTES + sum(len(layer) + 4 * HEADER_BYTES for layer in layers)
     for name, spec in specs.items():
         wanted += num_examples * spec.nbytes + len(name) + HEADER_BYTES
@@ -86,6 +84,14 @@ def create_file(
             dataset = create_dataset(file, name, shape, stored_dtype(spec.dtype))
             offsets[name] = dataset.id.get_offset()
     return offsets
+
+
+@functools.cache
+def _empty_file() -> bytes:
+    empty = io.BytesIO()
+    with h5py.File(empty, "w", libver=_LIBVER):
+        pass
+    return empty.getvalue()
 
 
 def create_dataset(

@@ -117,14 +117,15 @@ class CaptureSession:
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
+        if self._skips_rest:  # nearly all batches of a run: cost nothing
+            return
         self.disarm()
         if batch_idx == 0 and self._trainable != trainable(self.model):  # finetuning (un)freezes layers
             self._find_layers()
         self._backwards = 0
         if self._is_verified and not self._wants_gradients():
-            if not self._skips_rest:
-                self._skips_rest = True
-                self._indices.skip_rest()
+            self._skips_rest = True
+            self._indices.skip_rest()
             return
         self._batch_rows = self._indices.next_batch(batch, batch_idx)
         if self._records_rows() and not self._epoch_attributes:
@@ -145,12 +146,16 @@ class CaptureSession:
 
     def before_backward(self) -> None:
         """Prepare the check against `.grad`, once a run."""
+        if self._skips_rest:
+            return
         self._backwards += 1
         if self._is_armed and not self._is_verified and self._backwards == 1:
             self._check = GradientCheck(self._layers)
 
     def after_backward(self) -> None:
         """Drop the layers whose captured gradients are not their whole gradient."""
+        if self._skips_rest:
+            return
         if self.model.automatic_optimization:
             self.disarm()  # the one backward of this batch is over: leave the optimizer alone
         if self._check is None:
@@ -169,6 +174,8 @@ class CaptureSession:
 
     def end_batch(self, outputs: Any) -> None:
         """Take in the batch's gradients, and finish the file after an epoch's last batch."""
+        if self._skips_rest:
+            return
         self.disarm()
         rows, self._batch_rows = self._batch_rows, None
         if rows is None or not self._batch_facts:

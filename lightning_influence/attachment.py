@@ -25,10 +25,14 @@ def attachment_state(store_id: str, path: Path, relative_to: Path, status: str) 
         relative_to: the folder in which checkpoints are expected.
         status: "capturing" or "complete" at the time of the checkpoint.
     """
+    try:
+        relative_path = os.path.relpath(path.absolute(), relative_to.absolute())
+    except ValueError:  # on another drive
+        relative_path = path.name
     return {
         STATE_KEY: store_id,
         "path": str(path.absolute()),
-        "relative_path": os.path.relpath(path.absolute(), relative_to.absolute()),
+        "relative_path": relative_path,
         "status": status,
     }
 

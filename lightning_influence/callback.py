@@ -86,6 +86,10 @@ class InfluenceCallback(Callback):
         _check_choice("fisher", fisher, ("empirical",))
         _check_choice("loss", loss, get_args(LossKind))
         _check_choice("on_error", on_error, get_args(OnError))
+        if isinstance(layers, str):
+            raise TypeError(f"`layers` must be a list of names or glob patterns, got the string {layers!r}.")
+        if index_fn is not None and not callable(index_fn):
+            raise TypeError(f"`index_fn` must be a function from a batch to indices, got {index_fn!r}.")
         if bytes_per_example < 1:
             raise ValueError(f"`bytes_per_example` must be positive, got {bytes_per_example}.")
         self.options = CaptureOptions(Path(path), layers, codec, bytes_per_example, fisher, loss, index_fn)

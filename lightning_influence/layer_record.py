@@ -86,7 +86,12 @@ class LayerRecord(ABC):
 
 
 class PairsRecord(LayerRecord):
-    """Rows first, basis at the end."""
+    """Rows first, basis at the end.
+
+    Args:
+        codec: for the rows.
+        covariance: shared with the recorder, which updates it before the rows are added.
+    """
 
     def __init__(self, codec: PairsCodec, covariance: KroneckerCovariance) -> None:
         self.codec: PairsCodec = codec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from lightning_influence.attachment import check_weights, find_store
 from lightning_influence.curvature import Curvature, Damping
-from lightning_influence.errors import CorruptStoreError, WeightsMismatchError
+from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage, TrackedLayer, find_adapter
-from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery
+from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery, described_layers
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement, example_gradients
@@ -30,7 +31,7 @@ class InfluenceModule(LightningModule):
     helpful example, a proponent), and negative where it lowers it. Minus the score over the number
     of training examples estimates what removing the example does to the measurement, in its units
     (nats for a log-likelihood). The default measurement is minus the query's loss, found in the
-    model's own `training_step`, run in eval mode.
+    model's own `training_step`, run in eval mode and without a trainer.
 
     Use `from_checkpoint` or `attach`. As a `LightningModule` it works with `trainer.predict`, whose
     batches must be as `training_step` takes them; set `query_options` to pass arguments to `top_k`.
@@ -78,11 +79,18 @@ class InfluenceModule(LightningModule):
                 own that holds more than plain values.
 
         Raises:
+            QueryError: if the checkpoint holds more than plain values.
             StoreError: one of its children, if the file cannot be found or used.
             WeightsMismatchError: if the checkpoint's weights are not the file's.
         """
         weights_only = load_kwargs.pop("weights_only", True)
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+        try:
+            loaded = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            raise QueryError(
+                f"{checkpoint} holds more than plain values: {str(error).splitlines()[0]} If you trust it, "
+                "pass `weights_only=False`."
+            ) from error
         reader = find_store(checkpoint, loaded) if store is None else StoreReader(store)
         if isinstance(model, LightningModule):
             model.load_state_dict(loaded["state_dict"])
@@ -107,7 +115,7 @@ class InfluenceModule(LightningModule):
             batch: q queries, as `training_step` takes a batch (labels are part of the question:
                 "why this answer?" takes the answer as the label).
             damping: added to each layer's eigenvalues: a rule, by default 0.1 times their mean, or
-                a number. Costs nothing to change.
+                a number. Another one needs no new capture.
             curvature: "ekfac", "kfac" or "identity" (plain dot products of gradients).
             measurement: `measurement(model, batch) -> [q]`, to ask about anything else than the
                 log-likelihood, such as a margin; row j must depend on query j only.
@@ -188,7 +196,7 @@ class InfluenceModule(LightningModule):
     def summary(self) -> str:
         """What the file holds, in a few lines."""
         facts = self.store.attributes
-        layers = ", ".join(f"{entry['name']} ({entry['codec']})" for entry in self.store.document("layers"))
+        layers = ", ".join(f"{entry['name']} ({entry['codec']})" for entry in described_layers(self.store))
         lines = [
             f"{self.store.path}: {facts['num_examples']:,} examples, {facts['rows_written']:,} seen in "
             f"training, {facts['rows_missing']:,} missing, {facts['rows_invalid']:,} invalid; "
@@ -246,8 +254,8 @@ class InfluenceModule(LightningModule):
 
 def _find_layers(model: nn.Module, store: StoreReader) -> dict[str, TrackedLayer]:
     tracked = {}
-    has_bias = {entry["name"]: entry["has_bias"] for entry in store.document("layers")}
-    for name in store.layers:
+    has_bias = {entry["name"]: bool(entry.get("has_bias")) for entry in described_layers(store)}
+    for name in has_bias:
         try:
             module = model.get_submodule(name)
         except AttributeError as error:

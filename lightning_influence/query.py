@@ -59,9 +59,10 @@ class InfluenceQuery:
         self.store = store
         self.device = torch.device(device)
         self.layers = {
-            entry["name"]: _load_layer(store, entry, self.device) for entry in _described_layers(store)
+            entry["name"]: _load_layer(store, entry, self.device) for entry in described_layers(store)
         }
         self.valid = torch.from_numpy(store.column("valid").astype(bool))
+        self._trained_on = int(store.column("written").sum())
 
     @property
     def num_examples(self) -> int:
@@ -153,10 +154,12 @@ class InfluenceQuery:
         Raises:
             QueryError: if an index occurs twice, is out of range or has no valid row.
         """
-        chosen = torch.as_tensor(indices).flatten().long()
+        chosen = torch.as_tensor(indices).flatten()
+        if len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool):
+            raise QueryError(f"`indices` must be integers, dataset indices, got {chosen.dtype}.")
+        chosen = chosen.long()
         self._check_removed(chosen)
-        trained_on = int(self.store.column("written").sum())
-        return -scores[:, chosen].sum(1) / trained_on
+        return -scores[:, chosen].sum(1) / self._trained_on
 
     def _check_removed(self, chosen: Tensor) -> None:
         if len(chosen.unique()) < len(chosen):
@@ -182,11 +185,16 @@ class InfluenceQuery:
                 yield rows, name, {key: array.to(self.device) for key, array in arrays.items()}
 
 
-def _described_layers(store: StoreReader) -> list[dict]:
+def described_layers(store: StoreReader) -> list[dict]:
+    """What a file says of each of its layers, in the model's order.
+
+    Raises:
+        CorruptStoreError: unless it names just the layers that there are arrays for.
+    """
     try:
         described = store.document("layers")
         names = [entry["name"] for entry in described]
-        fits = sorted(names) == sorted(store.layers)
+        fits = bool(names) and sorted(names) == sorted(store.layers)
     except (ValueError, TypeError, LookupError) as error:
         raise CorruptStoreError(
             f"{store.path}: the document 'layers' cannot be read: {error}. Restore a copy or capture again."
@@ -206,7 +214,8 @@ def _load_layer(store: StoreReader, entry: Mapping, device: torch.device) -> Sco
         layer = ScoredLayer.from_arrays(factors, entry["codec"], entry["config"], device)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CorruptStoreError(
-            f"{store.path}: layer {name!r} cannot be read: {error}. Restore a copy or capture again."
+            f"{store.path}: layer {name!r} cannot be read: {type(error).__name__}: {error}. Restore a copy "
+            "or capture again."
         ) from error
     found = {key: (array.shape[1:], array.dtype.str[1:]) for key, array in store.rows(name).items()}
     if found != layer.codec.arrays():

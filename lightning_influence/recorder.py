@@ -25,12 +25,12 @@ from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
 from lightning_influence.layer_record import EigenRecord, LayerPlan, LayerRecord, PairsRecord
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import StepGradients
-from lightning_influence.store import ArraySpec, StoreWriter
+from lightning_influence.store import COLUMNS, ArraySpec, StoreWriter
 
 BLOCK_EXAMPLES = 1024
 BLOCK_BYTES = 64 * 2**20
 READ_EXAMPLES = 4096
-COLUMN_BYTES = 26  # written, valid, loss, step, learning rate and label of one row
+COLUMN_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Recorder:
         store_id: what ties the file to its checkpoint.
         bases: eigenbases from the epoch before, for layers with the eigen codec.
         bytes_per_example: budget of the eigen codec over all its layers.
-        keep_covariances: sum the covariances of every layer, for the next epoch's bases.
+        keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
 """What a file knows of one layer, and the scores that follow from it.
 
 score[q, m] = -grad f_q^T (G + damping)^-1 grad L_m, with f the measurement and L the training loss
-(Koh & Liang 2017, arXiv:1703.04730; with EK-FAC for G: Grosse et al. 2023, arXiv:2308.03296). With
-the default measurement
-f = -L this is grad L_q^T (G + damping)^-1 grad L_m: positive where up-weighting the training example
-m raises the query's log-likelihood.
+(Koh & Liang 2017, arXiv:1703.04730; with EK-FAC for G: Grosse et al. 2023, arXiv:2308.03296). With the
+default measurement f = -L this is grad L_q^T (G + damping)^-1 grad L_m: positive where up-weighting the
+training example m raises the query's log-likelihood.
 """
 
 from __future__ import annotations

@@ -91,5 +91,7 @@ def codec_from_config(
         ValueError: if no codec has that id; whatever `from_config` raises.
     """
     if codec_id not in _CODECS:
-        raise ValueError(f"unknown codec {codec_id!r}, known are {sorted(_CODECS)}")
+        raise ValueError(
+            f"unknown codec {codec_id!r}, known are {sorted(_CODECS)}; use the version that wrote the file"
+        )
     return _CODECS[codec_id].from_config(config, state, basis)

@@ -99,8 +99,10 @@ def _forward_hook(tracked: nn.Module, records: list[tuple[Tensor, Tensor]]) -> C
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
         with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
-            layer_input = next(iter((*args, *kwargs.values()))).detach()
-            shape = output.shape
+            layer_input = next(iter((*args, *kwargs.values())), None)
+            if not isinstance(layer_input, Tensor):
+                return  # such a layer is reported as unseen
+            layer_input, shape = layer_input.detach(), output.shape
             # list.append returns None: a hook that returns a tensor would replace the gradient.
             _in_graph(output).register_hook(
                 lambda grad: records.append((layer_input, grad.detach().reshape(shape)))

@@ -4,7 +4,7 @@ This package knows NumPy arrays and JSON only; what the arrays mean is the codec
 """
 
 from lightning_influence.store.reader import StoreReader
-from lightning_influence.store.schema import ArraySpec
+from lightning_influence.store.schema import COLUMNS, ArraySpec
 from lightning_influence.store.writer import StoreWriter
 
-__all__ = ["ArraySpec", "StoreReader", "StoreWriter"]
+__all__ = ["COLUMNS", "ArraySpec", "StoreReader", "StoreWriter"]

@@ -46,6 +46,10 @@ What a captured run adds
     codec, its config), ``coverage``, ``loss``, ``versions``. Factors of a layer whose gradient is
     G ``[o, i]``: ``Q_A`` ``[i, i]`` and ``Q_S`` ``[o, o]`` (eigenvectors in columns),
     ``eigenvalues_A`` ``[i]``, ``eigenvalues_S`` ``[o]`` (descending), ``Lambda`` ``[o, i]``.
+    Layers with codec ``eigen`` add ``coordinates`` ``[k]`` i8 and ``whitening`` ``[k]`` f4. The config
+    of ``pairs`` is ``positions``, ``has_bias`` and ``dtype``; that of ``eigen`` is empty. The attribute
+    ``loss`` is what the user asked for ("auto", "mean" or "sum"), the document ``loss`` what was seen:
+    ``function``, ``reduction``, ``count``, the ``constant`` divided out, and ``terms``.
     A row with ``written`` = 1 and ``valid`` = 0 had a non-finite gradient and is in no factor.
 
 Codecs

@@ -18,6 +18,7 @@ from lightning_influence.layers import TrackedLayer
 from lightning_influence.step import LossKind, StepCapture, StepGradients
 
 Measurement = Callable[[nn.Module, Any], Tensor]
+_LOGGING: tuple[str, ...] = ("log", "log_dict")
 
 
 def example_gradients(
@@ -70,7 +71,14 @@ def _training_loss(model: nn.Module, batch: Any) -> Tensor:
             "or optimizes manually); pass `measurement=`, a function (model, batch) -> [q]."
         )
     takes_index = len(inspect.signature(model.training_step).parameters) > 1
-    output = model.training_step(*((batch, 0) if takes_index else (batch,)))
+    try:
+        output = model.training_step(*((batch, 0) if takes_index else (batch,)))
+    except Exception as error:  # the user's code, in a way it may not be made for
+        raise QueryError(
+            f"`training_step` of {type(model).__name__} failed when it was asked about a batch, in eval mode "
+            f"and without a trainer: {type(error).__name__}: {error} Mend that, or pass `measurement=`, a "
+            "function (model, batch) -> [q]."
+        ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise QueryError(
@@ -122,14 +130,17 @@ def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[No
 @contextmanager
 def _without_logging(model: nn.Module) -> Iterator[None]:
     """`self.log` and `self.log_dict` do nothing: there is no loop to collect what they say."""
-    logging = [module for module in model.modules() if isinstance(module, LightningModule)]
-    for module in logging:
-        vars(module).update(log=_ignore, log_dict=_ignore)
+    modules = [vars(module) for module in model.modules() if isinstance(module, LightningModule)]
+    own = [{name: attributes[name] for name in _LOGGING if name in attributes} for attributes in modules]
+    for attributes in modules:
+        attributes.update(dict.fromkeys(_LOGGING, _ignore))
     try:
         yield
     finally:
-        for module in logging:
-            del vars(module)["log"], vars(module)["log_dict"]
+        for attributes, before in zip(modules, own, strict=True):
+            for name in _LOGGING:
+                del attributes[name]
+            attributes.update(before)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -317,14 +317,25 @@ def test_selection_respects_the_budget_and_every_layer(
     Lambdas = {str(number): torch.rand(shape, generator=generator) for number, shape in enumerate(shapes)}
     chosen = select_coordinates(Lambdas, budget)
     kept = sum(len(coordinates) for coordinates, _ in chosen.values())
-    within_budget = max(1, int(budget / BYTES_PER_COORDINATE))
-    total = sum(o * i for o, i in shapes)
-    # a layer that got none is given one on top
-    assert min(within_budget, total) <= kept <= min(within_budget + len(shapes) - 1, total)
+    nbytes = sum(len(c) + 4 * -(-len(c) // 64) for c, _ in chosen.values())
+    # a layer that got none is given one on top: a code and a scale
+    assert nbytes <= max(budget, 5) + 5 * (len(shapes) - 1)
+    if budget >= 1.0625 * (total := sum(o * i for o, i in shapes)) + 5 * len(shapes):
+        assert kept == total
     for name, (coordinates, whitening) in chosen.items():
         assert 1 <= len(coordinates) == len(coordinates.unique()) == len(whitening)
         assert int(coordinates.max()) < Lambdas[name].numel()
         assert bool((whitening > 0).all())
+
+
+def test_rows_of_many_layers_stay_within_the_budget() -> None:
+    Lambdas = {
+        str(number): torch.rand(40, 50, generator=torch.Generator().manual_seed(number))
+        for number in range(6)
+    }
+    chosen = select_coordinates(Lambdas, 8192)
+    nbytes = sum(len(c) + 4 * -(-len(c) // 64) for c, _ in chosen.values())
+    assert 8192 - 64 < nbytes <= 8192
 
 
 def test_selection_puts_the_most_important_first() -> None:

@@ -400,11 +400,17 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(option: str, value: st
         InfluenceCallback(**{option: value})
 
 
-def test_a_budget_of_no_bytes_is_refused() -> None:
+def test_layers_that_are_a_string_are_refused() -> None:
     with pytest.raises(TypeError, match=r"`layers` must be a list .* got the string 'layers\.0'"):
-        InfluenceCallback(layers="layers.0")  # type: ignore[arg-type]
+        InfluenceCallback(layers="layers.0")
+
+
+def test_an_index_fn_that_is_no_function_is_refused() -> None:
     with pytest.raises(TypeError, match=r"`index_fn` must be a function .* got 'index'"):
-        InfluenceCallback(index_fn="index")  # type: ignore[arg-type]
+        InfluenceCallback(index_fn="index")
+
+
+def test_a_budget_of_no_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="`bytes_per_example` must be positive, got 0"):
         InfluenceCallback(bytes_per_example=0)
 

@@ -29,7 +29,7 @@ class NeedsTrainer(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_training_step_that_needs_its_trainer_is_a_query_error_that_names_the_way_out(
+def test_a_training_step_that_needs_its_trainer_is_an_error_with_the_way_out(
     tmp_path: Path,
 ) -> None:
     model = NeedsTrainer()

@@ -53,9 +53,7 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE, MOMENTUM = 20, 64, 0.1, 0.9
 class LitDigits(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
-        )
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)

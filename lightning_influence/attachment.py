@@ -71,11 +71,7 @@ def find_store(checkpoint_path: str | os.PathLike[str], checkpoint: Mapping[str,
         f"{checkpoint_path} belongs to the file with id {state[STATE_KEY]}, which is at none of: "
         f"{', '.join(str(path) for path in candidates)}. "
         + (f"Found instead: {', '.join(others)}. " if others else "")
-        + (
-            "The checkpoint was saved before capture was complete. "
-            if state.get("status") != "complete"
-            else ""
-        )
+        + ("The checkpoint was saved before capture was complete. " if state.get("status") != "complete" else "")
         + "Pass `store=` with the file's path."
     )
 

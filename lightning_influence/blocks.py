@@ -46,9 +46,7 @@ class Block:
         return sum(g.inputs.nbytes + g.output_grads.nbytes for g in self.gradients.values())
 
     @classmethod
-    def of_step(
-        cls, step: StepGradients, indices: np.ndarray, step_index: int, learning_rate: float
-    ) -> Block:
+    def of_step(cls, step: StepGradients, indices: np.ndarray, step_index: int, learning_rate: float) -> Block:
         """One training step's examples."""
         n, scale = len(indices), step.scale
         labels = np.full(n, -1) if scale.labels is None else scale.labels.cpu().numpy()

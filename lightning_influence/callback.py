@@ -113,7 +113,7 @@ class InfluenceCallback(Callback):
         trainer = session.trainer
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         status = "capturing" if session.finished_epoch is None else "complete"
-        return attachment_state(session.store_id, self.options.path, Path(folder), status)
+        return attachment_state(session.store_id, session.path, Path(folder), status)
 
     @_guarded
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -148,7 +148,7 @@ class InfluenceCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Count backwards; prepare the check against `.grad`."""
         if self._session is not None:
-            self._session.before_backward()
+            self._session.before_backward(loss)
 
     @_guarded
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

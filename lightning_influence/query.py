@@ -58,9 +58,7 @@ class InfluenceQuery:
     def __init__(self, store: StoreReader, device: torch.device | str = "cpu") -> None:
         self.store = store
         self.device = torch.device(device)
-        self.layers = {
-            entry["name"]: _load_layer(store, entry, self.device) for entry in described_layers(store)
-        }
+        self.layers = {entry["name"]: _load_layer(store, entry, self.device) for entry in described_layers(store)}
         self.valid = torch.from_numpy(store.column("valid").astype(bool))
         self._trained_on = int(store.column("written").sum())
 

@@ -88,9 +88,7 @@ class Recorder:
         self._invalid: list[Block] = []
         self.loss: dict[str, object] = {}
 
-    def update(
-        self, step: StepGradients, indices: np.ndarray, *, step_index: int, learning_rate: float
-    ) -> None:
+    def update(self, step: StepGradients, indices: np.ndarray, *, step_index: int, learning_rate: float) -> None:
         """Take in one step's gradients.
 
         Args:

@@ -62,9 +62,7 @@ class ScoredLayer:
         shapes = {"Q_A": (i, i), "Q_S": (o, o), "eigenvalues_A": (i,), "eigenvalues_S": (o,)}
         for name, shape in shapes.items():
             if getattr(basis, name).shape != shape:
-                raise ValueError(
-                    f"{name} must be {shape} beside Lambda {(o, i)}, got {tuple(arrays[name].shape)}"
-                )
+                raise ValueError(f"{name} must be {shape} beside Lambda {(o, i)}, got {tuple(arrays[name].shape)}")
         dtypes = {name: tensor.dtype for name, tensor in [*vars(basis).items(), ("Lambda", Lambda)]}
         if set(dtypes.values()) != {torch.float32}:
             raise ValueError(f"basis and Lambda must be float32, got {dtypes}")
@@ -83,13 +81,3 @@ class ScoredLayer:
         """Grad L_n^T (G + damping)^-1 grad L_n of each row, shape [n]."""
         inverse = curvature.inverse_eigenvalues(self.basis, self.Lambda, damping)
         return self.codec.quadratic(inverse, self.basis, arrays)
-
-
-def sum_of_scores(
-    layers: Mapping[str, ScoredLayer],
-    preconditioned: Mapping[str, Tensor],
-    arrays: Mapping[str, Mapping[str, Tensor]],
-) -> Tensor:
-    """Scores [q, n] of a few encoded rows, summed over the layers."""
-    parts = [layer.scores(preconditioned[name], arrays[name]) for name, layer in layers.items()]
-    return sum(parts[1:], start=parts[0])

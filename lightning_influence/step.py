@@ -78,6 +78,7 @@ class StepCapture:
         self._active = ExitStack()
 
     def __enter__(self) -> StepCapture:
+        self.set_open(True)
         with ExitStack() as entered:
             entered.enter_context(_EAGER)
             entered.enter_context(self._hooks)
@@ -93,6 +94,23 @@ class StepCapture:
         traceback: TracebackType | None = None,
     ) -> None:
         self._active.close()
+
+    def keep(self, layers: Mapping[str, TrackedLayer]) -> None:
+        """Go on with some of the layers only."""
+        self.layers = self._hooks.layers = layers
+
+    def set_open(self, is_open: bool) -> None:
+        """Whether gradients that flow now belong to the step; True on entering."""
+        self._hooks.is_open = self._tap.is_open = is_open
+
+    def accounted_for(self) -> Tensor | None:
+        """The part of what was back-propagated that recognised losses make up; None if none was seen."""
+        return self._tap.accounted_for()
+
+    @property
+    def changed(self) -> list[str]:
+        """Layers whose input was changed in place before the backward."""
+        return self._hooks.changed
 
     @property
     def unseen(self) -> list[str]:

@@ -76,9 +76,7 @@ def finish(recorder: Recorder, model: nn.Module) -> dict[str, ScoredLayer]:
     """Put the file into place; returns its factors."""
     layers = recorder.factors()
     _, coverage = track_layers(model)
-    recorder.finish(
-        layers, attributes={}, documents={"coverage": coverage.to_builtins(), "loss": recorder.loss}
-    )
+    recorder.finish(layers, attributes={}, documents={"coverage": coverage.to_builtins(), "loss": recorder.loss})
     return layers
 
 

@@ -249,9 +249,7 @@ def test_longer_examples_than_the_first_batchs_are_padded_in_blocks(tmp_path: Pa
 
 
 @pytest.mark.parametrize("codec", ["pairs", "eigen"])
-def test_discard_leaves_nothing_on_the_disk(
-    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_discard_leaves_nothing_on_the_disk(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder_module, "BLOCK_EXAMPLES", 4)
     recorder = train_epoch(tmp_path / "run.h5", seeded_classifier(), classification_examples(N), codec=codec)
     assert list(tmp_path.iterdir())  # the partial file, or the spool's folder
@@ -276,9 +274,7 @@ def test_discard_keeps_an_older_file(tmp_path: Path) -> None:
 
 def test_an_exception_while_the_spool_is_read_leaves_no_spool(tmp_path: Path) -> None:
     (tmp_path / "run.h5").mkdir()  # a file cannot take its place
-    recorder = train_epoch(
-        tmp_path / "run.h5", seeded_classifier(), classification_examples(N), codec="eigen"
-    )
+    recorder = train_epoch(tmp_path / "run.h5", seeded_classifier(), classification_examples(N), codec="eigen")
     with pytest.raises(Exception, match="is a directory"):
         recorder.factors()
     recorder.discard()

@@ -100,16 +100,12 @@ class EigenCodec(Codec):
         return {"coordinates": self.coordinates, "whitening": self.whitening}
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], state: Mapping[str, Tensor], basis: Eigenbasis
-    ) -> EigenCodec:
+    def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], basis: Eigenbasis) -> EigenCodec:
         """The inverse of `state`."""
         return cls(basis, state["coordinates"], state["whitening"])
 
 
-def select_coordinates(
-    Lambdas: Mapping[str, Tensor], bytes_per_example: int
-) -> dict[str, tuple[Tensor, Tensor]]:
+def select_coordinates(Lambdas: Mapping[str, Tensor], bytes_per_example: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Choose the coordinates of all layers together that carry most of the preconditioned signal.
 
     Args:

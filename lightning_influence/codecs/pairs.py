@@ -122,9 +122,7 @@ class PairsCodec(Codec):
         return {"positions": self.positions, "has_bias": self.has_bias, "dtype": self.dtype}
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], state: Mapping[str, Tensor], basis: Eigenbasis
-    ) -> PairsCodec:
+    def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], basis: Eigenbasis) -> PairsCodec:
         """The inverse of `get_config`."""
         return cls(
             basis.shape,

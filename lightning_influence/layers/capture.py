@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +21,35 @@ from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers.coverage import TrackedLayer
 
 
+class _Call(NamedTuple):
+    layer_input: Tensor
+    output_grad: Tensor
+    is_intact: bool  # the input is as the forward saw it
+
+
 class GradientCapture:
     """Context manager: records (input, output gradient) for every call of the tracked layers.
 
     Nothing is attached to a module outside the `with` block, and nothing that the hooks do can
     raise or change a gradient. A layer called several times contributes the sum of its calls, as
     further shared positions.
+
+    Attributes:
+        is_open: whether gradients that flow now are recorded. Closed outside of the real backward, it
+            leaves out inner ones (adversarial examples, other callbacks' gradients).
     """
 
     def __init__(self, layers: Mapping[str, TrackedLayer]) -> None:
         self.layers = layers
-        self._records: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.is_open = True
+        self._records: dict[str, list[_Call]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> GradientCapture:
         self._remove()
         self._records = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
-            hook = _forward_hook(layer.module, self._records[name])
+            hook = self._forward_hook(layer.module, self._records[name])
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -63,20 +75,28 @@ class GradientCapture:
         """Layers of which no call took part in a backward."""
         return [name for name in self.layers if not self._records.get(name)]
 
+    @property
+    def changed(self) -> list[str]:
+        """Layers whose input was changed in place before the backward; theirs cannot be known."""
+        return [name for name in self.layers if not all(c.is_intact for c in self._records.get(name, ()))]
+
     def gradients(self) -> dict[str, LayerGradient]:
         """Gradients as back-propagated (no scale divided out) of every layer that was seen.
 
         Raises:
-            LayerError: naming the layer whose inputs do not have the batch first.
+            LayerError: naming the layer whose inputs do not have the batch first, or were changed.
         """
-        return {name: self._gradient(name) for name, seen in self._records.items() if seen}
+        return {name: self._gradient(name) for name in self.layers if self._records.get(name)}
 
     def _gradient(self, name: str) -> LayerGradient:
-        layer = self.layers[name]
+        layer, records = self.layers[name], self._records[name]
+        if not all(call.is_intact for call in records):
+            raise LayerError(
+                f"Layer {name!r}: its input was changed in place between forward and backward, so its gradients "
+                "are not known; change a copy, or leave the layer out with `layers=`."
+            )
         try:
-            calls = [
-                layer.gradient(layer_input, output_grad) for layer_input, output_grad in self._records[name]
-            ]
+            calls = [layer.gradient(call.layer_input, call.output_grad) for call in records]
         except LayerError as error:
             raise LayerError(f"Layer {name!r}: {error}") from error
         if len(calls) == 1:
@@ -91,24 +111,25 @@ class GradientCapture:
             torch.cat([call.output_grads for call in calls], dim=1),
         )
 
-
-def _forward_hook(tracked: nn.Module, records: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if module is not tracked:  # a copy of the model that was made meanwhile has the hook too
-            return
-        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
-            return
-        with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+    def _forward_hook(self, tracked: nn.Module, records: list[_Call]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if module is not tracked:  # a copy of the model that was made meanwhile has the hook too
+                return
+            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                return
             layer_input = next(iter((*args, *kwargs.values())), None)
             if not isinstance(layer_input, Tensor):
                 return  # such a layer is reported as unseen
-            layer_input, shape = layer_input.detach(), output.shape
-            # list.append returns None: a hook that returns a tensor would replace the gradient.
-            _in_graph(output).register_hook(
-                lambda grad: records.append((layer_input, grad.detach().reshape(shape)))
-            )
+            with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+                seen, version, shape = layer_input.detach(), layer_input._version, output.shape
 
-    return hook
+                def record(grad: Tensor) -> None:  # a hook that returns a tensor would replace the gradient
+                    if self.is_open:
+                        records.append(_Call(seen, grad.detach().reshape(shape), seen._version == version))
+
+                _in_graph(output).register_hook(record)
+
+        return hook
 
 
 def _in_graph(output: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class LinearAdapter(LayerAdapter):
             isinstance(module, nn.Linear)
             and type(module).forward is nn.Linear.forward
             and not parametrize.is_parametrized(module)
+            and module._parameters.get("weight") is not None  # not recomputed, as by pruning or weight norm
         )
 
     def shape(self, module: nn.Module) -> tuple[int, int]:

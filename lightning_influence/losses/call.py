@@ -29,6 +29,7 @@ class LossCall:
         function: the function of `torch.nn.functional`.
         args: its positional arguments, tensors detached (they keep sharing their memory).
         kwargs: its named arguments, likewise.
+        value: what it returned, detached.
         constant: c = d(back-propagated) / d(loss value), of the loss value's shape; None until a
             backward reached the call, the sum over backwards if several did.
     """
@@ -36,6 +37,7 @@ class LossCall:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    value: Tensor
     constant: Tensor | None = None
     _versions: list[int] = field(init=False, repr=False)
 

@@ -45,6 +45,7 @@ class LossTap(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_open = True
         self._calls: list[LossCall] = []
         self._failure: str | None = None
 
@@ -85,6 +86,11 @@ class LossTap(TorchFunctionMode):
         self._calls = []
         self._failure = None
 
+    def accounted_for(self) -> Tensor | None:
+        """The part of what was back-propagated that the recorded losses make up; None without any."""
+        parts = [(call.constant * call.value).sum() for call in self._calls if call.constant is not None]
+        return torch.stack([part.float() for part in parts]).sum() if parts else None
+
     def scale(self, n: int) -> LossScale:
         """The factor, losses and labels of the step that was just back-propagated.
 
@@ -109,9 +115,9 @@ class LossTap(TorchFunctionMode):
     ) -> None:
         if not value.requires_grad:
             return
-        call = LossCall(func, args, kwargs)  # does not refer to `value`: no reference cycle
         with torch._C.DisableTorchFunction():
-            value.register_hook(call.add_constant)
+            call = LossCall(func, args, kwargs, value.detach())  # no reference to the graph: no cycle
+            value.register_hook(lambda c: call.add_constant(c) if self.is_open else None)
         self._calls.append(call)
 
 

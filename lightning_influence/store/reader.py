@@ -78,9 +78,7 @@ class StoreReader:
         try:
             return json.loads(self._map(extent).tobytes())
         except (ValueError, RecursionError) as err:
-            raise CorruptStoreError(
-                f"{self.path}: /documents/{name} must be JSON: {err}. Capture again."
-            ) from err
+            raise CorruptStoreError(f"{self.path}: /documents/{name} must be JSON: {err}. Capture again.") from err
 
     def column(self, name: str) -> np.ndarray:
         """A copy of one column, shape [N].
@@ -145,8 +143,7 @@ def _open(path: Path) -> tuple[np.memmap, Structure]:
         with path.open("rb") as handle:
             if handle.read(len(_SIGNATURE)) != _SIGNATURE:
                 raise NotAStoreError(
-                    f"{path} is not HDF5: it must start with {_SIGNATURE!r}; "
-                    "pass a file that this package wrote."
+                    f"{path} is not HDF5: it must start with {_SIGNATURE!r}; pass a file that this package wrote."
                 )
             mapped = np.memmap(handle, dtype=np.uint8, mode="r")
             return mapped, _parse(handle, path, mapped.size)

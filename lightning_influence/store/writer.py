@@ -279,6 +279,5 @@ class StoreWriter:
         fits = np.can_cast(value.dtype, rows.dtype, "same_kind" if is_column else "equiv")
         if value.shape != expected or not fits:
             raise ValueError(
-                f"{name!r} must be {rows.dtype} of shape {expected}, "
-                f"got {value.dtype} of shape {value.shape}."
+                f"{name!r} must be {rows.dtype} of shape {expected}, got {value.dtype} of shape {value.shape}."
             )

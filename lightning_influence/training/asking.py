@@ -28,7 +28,6 @@ def example_gradients(
     *,
     loss: LossKind = "auto",
     measurement: Measurement | None = None,
-    examples: int | None = None,
 ) -> StepGradients:
     """Gradients of each example's loss (or of *minus* its measurement), in eval mode.
 
@@ -40,13 +39,13 @@ def example_gradients(
         batch: as `training_step` takes it, on the model's device.
         loss: how the loss's scale is known, as in `InfluenceCallback`.
         measurement: `measurement(model, batch) -> [q]`.
-        examples: how many the batch has; by default what the layers or the measurement say.
 
     Raises:
         QueryError: if there is no differentiable loss or measurement.
         CaptureError: if the gradients cannot be tied to the batch's examples.
     """
     capture = StepCapture(layers, loss=loss if measurement is None else "sum")
+    examples = None
     with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
         batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
         with capture:
@@ -57,6 +56,15 @@ def example_gradients(
                 objective, examples = -values.sum(), len(values)
             objective.backward()  # not autograd.grad, which reentrant checkpointing refuses
         return capture.gradients(examples)
+
+
+def rows_seen(model: nn.Module, layers: Mapping[str, TrackedLayer], batch: Any) -> dict[str, int]:
+    """How many rows each layer sees for a batch, in eval mode; as `example_gradients`."""
+    capture = StepCapture(layers, loss="sum")
+    with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
+        with capture:
+            _training_loss(model, batch).backward()
+        return {name: len(gradient) for name, gradient in capture.raw_gradients().items()}
 
 
 def _covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter]:
@@ -99,6 +107,11 @@ def _measured(measurement: Measurement, model: nn.Module, batch: Any) -> Tensor:
     return values
 
 
+def copied(batch: Any) -> Any:
+    """A batch of its own, for asking again later; training may change the one it has."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
 @contextmanager
 def kept_random_states() -> Iterator[None]:
     """`isolate_rng`, which does not put the states back after an exception."""
@@ -124,7 +137,19 @@ def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[No
             parameter.requires_grad_(True)
         restored.enter_context(_without_logging(model))
         model.eval()
+        versions = _versions(model)
         yield
+        if changed := [name for name, version in _versions(model).items() if versions.get(name) != version]:
+            raise QueryError(
+                f"Asking {type(model).__name__} changed {', '.join(changed[:3])}, as a step that keeps a running "
+                "average does; pass `measurement=`, a function (model, batch) -> [q] that changes nothing."
+            )
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """Counts how often each parameter and buffer was written to."""
+    state = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor._version for name, tensor in state if not tensor.is_inference()}
 
 
 @contextmanager

@@ -293,7 +293,6 @@ def _to_indices(found: Any, source: str, num_examples: int | None) -> np.ndarray
     outside = indices[(indices < 0) | (indices >= limit)]
     if outside.size:
         raise RowIndexError(
-            f"{source} must give indices from 0 and below the dataset's length {limit}, "
-            f"got {outside[0]}; {_FIX}."
+            f"{source} must give indices from 0 and below the dataset's length {limit}, got {outside[0]}; {_FIX}."
         )
     return indices.astype(np.int64)

@@ -7,12 +7,16 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_influence.layer_record import LayerPlan
 from lightning_influence.layers import NOT_CHOSEN, Coverage
 from lightning_influence.recorder import RecordedCounts, expected_bytes_per_row, expected_file_bytes
+from lightning_influence.training.staleness import Agreement
 
 STALE_BELOW = 0.9
+COARSE_BELOW = 0.95
 
 
 def announce(
@@ -40,7 +44,7 @@ def announce(
 
 
 def report_file(
-    trainer: Trainer, path: Path, epoch: int | None, counts: RecordedCounts, staleness: float, note: str
+    trainer: Trainer, path: Path, *, epoch: int | None, counts: RecordedCounts, agreement: Agreement
 ) -> None:
     """The finished file's numbers, to the log and to the user's loggers."""
     size = path.stat().st_size / 1e6
@@ -48,7 +52,8 @@ def report_file(
         "influence/rows_written": counts.written,
         "influence/rows_missing": counts.missing,
         "influence/rows_invalid": counts.invalid,
-        "influence/staleness_spearman": staleness,
+        "influence/staleness_spearman": agreement.staleness,
+        "influence/codec_spearman": agreement.codec,
         "influence/file_megabytes": size,
     }
     for logger in trainer.loggers:
@@ -56,7 +61,9 @@ def report_file(
             logger.log_metrics(metrics, step=trainer.global_step)
         except Exception as error:  # the file is written, whatever a logger thinks of its numbers
             rank_zero_warn(f"InfluenceCallback: {type(logger).__name__} did not take {metrics}: {error}")
-    aged = f"staleness {staleness:.3f}" if staleness == staleness else f"staleness not measured ({note})"
+    aged = f"staleness {agreement.staleness:.3f}"
+    if agreement.note:
+        aged = f"staleness not measured ({agreement.note})"
     rank_zero_info(
         f"InfluenceCallback: epoch {epoch} is in {path}: {counts.written:,} rows, "
         f"{counts.missing:,} missing, {counts.invalid:,} invalid, {size:.1f} MB, {aged}"
@@ -68,13 +75,51 @@ def report_file(
         )
 
 
-def warn_if_stale(staleness: float) -> None:
-    """Say what to do about rows that aged; NaN, not measured, is not old."""
-    if staleness < STALE_BELOW:
+def warn_of_losses(agreement: Agreement) -> None:
+    """Say what to do about rows that aged or are coarse; NaN, not measured, is neither."""
+    if agreement.codec < COARSE_BELOW:
         rank_zero_warn(
-            f"InfluenceCallback: rows aged within the epoch (Spearman {staleness:.3f} with the final "
+            f"InfluenceCallback: the stored rows are coarse (Spearman {agreement.codec:.3f} with exact "
+            f"gradients, below {COARSE_BELOW}). Bring the inputs to one scale, or pass "
+            '`codec="pairs-float16"` or a larger `bytes_per_example`.'
+        )
+    if agreement.staleness < STALE_BELOW:
+        rank_zero_warn(
+            f"InfluenceCallback: rows aged within the epoch (Spearman {agreement.staleness:.3f} with the final "
             f"weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the final epoch."
         )
+
+
+def warn_of_coupling(model: nn.Module) -> None:
+    """Batch statistics make an example's gradient depend on its batch."""
+    coupled = [
+        name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training
+    ]
+    if coupled:
+        rank_zero_warn(
+            f"InfluenceCallback: {', '.join(coupled[:3])} normalize over the batch in training, so a row holds "
+            "what the batch's loss owes to its example, and scores of queries, in eval mode, are approximate."
+        )
+
+
+def warn_of_weights(factor: Tensor) -> None:
+    """Unreduced losses may carry a weight for each example, which rows do not keep."""
+    known = factor[factor.isfinite() & (factor > 0)] if factor.ndim else factor
+    if known.ndim and len(known) and float(known.max()) > 1.001 * float(known.min()):
+        rank_zero_warn(
+            "InfluenceCallback: the examples' losses are weighted differently in the first batch "
+            f"(largest weight {float(known.max() / known.min()):.3g} times the smallest). Rows hold gradients "
+            "of the unweighted losses: multiply scores and effects of a training example by its weight."
+        )
+
+
+def warn_of_other_terms(share: float) -> None:
+    """Part of what is back-propagated is no recognised loss."""
+    rank_zero_warn(
+        f"InfluenceCallback: {share:.1%} of the loss does not come from a recognised loss function. Its "
+        "gradient is part of the rows, scaled like the recognised loss; if it is a mean or a sum over other "
+        'things, declare the whole loss with `loss="mean"` or `loss="sum"`.'
+    )
 
 
 def warn_of_no_file(path: Path, wanted: int | None) -> None:

@@ -1,8 +1,9 @@
-"""Telling examples from positions where both are equally many.
+"""Telling a batch's examples from other rows, once a run.
 
-A layer whose inputs are [n, n, i] may have the examples first, or the positions (`batch_first=False`):
-the shapes do not say, and the sum over rows is the same. So the same model is asked once about one
-example fewer, and must then have one row fewer.
+A layer's first dimension may be as long as the batch by chance: positions come first
+(`batch_first=False`), or the layer runs on something else than the batch (a table of labels). The
+shapes do not say, and the sum over rows is the same. So a copy of the model is asked about the first
+batch without its last example: every layer must then see one row fewer.
 """
 
 from __future__ import annotations
@@ -11,63 +12,60 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
-from lightning_influence.errors import RowIndexError
+from lightning_influence.errors import QueryError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
-from lightning_influence.step import LossKind
-from lightning_influence.training.asking import example_gradients, kept_random_states
+from lightning_influence.training.asking import kept_random_states, rows_seen
 
 
-def check_examples_come_first(
+def layers_of_other_rows(
     trainer: Trainer,
     model: LightningModule,
     layers: Mapping[str, TrackedLayer],
     gradients: Mapping[str, LayerGradient],
-    rows: np.ndarray,
-    loss: LossKind,
-) -> None:
-    """Do nothing if all is well, which the shapes alone nearly always show.
+    batch: Any,
+) -> dict[str, str]:
+    """Layers whose rows are not the batch's examples, each with the reason to leave it out.
+
+    Where the model cannot be asked, a warning names the layers whose shapes leave a doubt.
 
     Args:
-        trainer: whose training dataloader made the batch.
-        model: in training; a copy of it is asked.
+        trainer: whose precision is used.
+        model: in training; a copy of it is asked, in eval mode.
         layers: the tracked layers.
-        gradients: theirs, for one batch.
-        rows: the batch's dataset indices, int64 [n].
-        loss: how the loss's scale is known.
-
-    Raises:
-        RowIndexError: if a layer has its positions first, or it cannot be told.
+        gradients: theirs, for the batch.
+        batch: n examples, in the first dimension of its tensors.
     """
-    n = len(rows)
-    doubtful = [name for name, g in gradients.items() if n > 1 and g.positions > 1 and g.positions % n == 0]
-    if not doubtful:
-        return
+    n = len(next(iter(gradients.values())))
+    if n < 2:
+        return {}
     try:
-        with kept_random_states():
-            batch = _fetch(trainer, model, rows[:-1])
+        if not model.automatic_optimization:
+            raise QueryError("its `training_step` optimizes by itself")
+        with kept_random_states(), trainer.precision_plugin.forward_context():
             clone = copy.deepcopy(model)
-            copies = {name: layers[name].of_copy(clone.get_submodule(name)) for name in doubtful}
-            with trainer.precision_plugin.forward_context():
-                example_gradients(clone, copies, batch, loss=loss, examples=n - 1)
+            copies = {name: layer.of_copy(clone.get_submodule(name)) for name, layer in layers.items()}
+            seen = rows_seen(clone, copies, _without_last_example(batch, n))
     except Exception as error:  # the user's code runs here, in a way it may not be made for
-        raise RowIndexError(
-            f"Whether the inputs of {', '.join(map(repr, doubtful))} have the {n} examples of a batch or "
-            f"{n} positions in their first dimension cannot be told: asked about {n - 1} examples, the model "
-            f"answered {type(error).__name__}: {error} If examples come first, choose another batch size; "
-            "if not, leave the layers out with `layers=`."
-        ) from error
+        doubtful = [name for name, g in gradients.items() if g.positions > 1 and g.positions % n == 0]
+        if doubtful:
+            rank_zero_warn(
+                f"InfluenceCallback: the inputs of {', '.join(doubtful)} have as many positions as the batch has "
+                f"examples ({n}), or a multiple. They are taken to have the examples first, which could not be "
+                f"checked ({type(error).__name__}: {error}). If not, leave them out with `layers=`."
+            )
+        return {}
+    return {
+        name: f"its first dimension is not the batch's examples (of {n - 1} examples it saw {rows} rows)"
+        for name, rows in seen.items()
+        if rows != n - 1
+    }
 
 
-def _fetch(trainer: Trainer, model: LightningModule, rows: np.ndarray) -> Any:
-    """A batch of these examples, prepared as Lightning prepares training batches."""
-    loader = trainer.train_dataloader
-    assert loader is not None  # the one DataLoader that the rows' indices came from
-    batches = DataLoader(loader.dataset, batch_sampler=[rows.tolist()], collate_fn=loader.collate_fn)
-    batch = trainer.precision_plugin.convert_input(next(iter(batches)))
-    batch = model._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch)
+def _without_last_example(batch: Any, n: int) -> Any:
+    return apply_to_collection(batch, Tensor, lambda t: t[:-1].clone() if t.ndim and len(t) == n else t.clone())

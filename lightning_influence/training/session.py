@@ -24,10 +24,11 @@ from lightning_influence.layers import track_layers
 from lightning_influence.recorder import Recorder
 from lightning_influence.step import LossKind, StepCapture, StepGradients
 from lightning_influence.training import report
+from lightning_influence.training.asking import copied
 from lightning_influence.training.indices import IndexRecorder
-from lightning_influence.training.row_check import check_examples_come_first
+from lightning_influence.training.row_check import layers_of_other_rows
 from lightning_influence.training.schedule import CaptureSchedule
-from lightning_influence.training.staleness import StalenessProbe
+from lightning_influence.training.staleness import Agreement, StalenessProbe
 from lightning_influence.training.surroundings import (
     backpropagated_factor,
     check_supported,
@@ -63,9 +64,7 @@ class CaptureSession:
         store_id: id of the file to be written.
     """
 
-    def __init__(
-        self, options: CaptureOptions, trainer: Trainer, model: LightningModule, store_id: str
-    ) -> None:
+    def __init__(self, options: CaptureOptions, trainer: Trainer, model: LightningModule, store_id: str) -> None:
         self.options, self.trainer, self.model, self.store_id = options, trainer, model, store_id
         self.finished_epoch: int | None = None
         self._path = options.path.absolute()  # whatever the working directory becomes
@@ -73,7 +72,8 @@ class CaptureSession:
         self._find_layers()
         self._scratch = tempfile.mkdtemp() if trainer.fast_dev_run else None  # type: ignore[attr-defined]
         self._schedule: CaptureSchedule | None = None
-        self._check: GradientCheck | None = None
+        self._step: StepGradients | None = None
+        self._first_batch: Any = None
         self._covariances: dict[str, KroneckerCovariance] = {}
         self._recorder: Recorder | None = None
         self._epoch: int | None = None
@@ -83,7 +83,7 @@ class CaptureSession:
         self._is_armed = False
         self._backwards = 0
         self._staleness = StalenessProbe()
-        self._staleness_found = float("nan")
+        self._agreement = Agreement()
         self._skips_rest = False
 
     @property
@@ -141,50 +141,53 @@ class CaptureSession:
             "factor": backpropagated_factor(self.trainer, self.model),
             "step": self.trainer.global_step,
         }
+        if not self._plans:
+            self._first_batch = copied(batch)
+        self._step = None
         self._capture.__enter__()
         self._is_armed = True
+        # Gradients that flow before the step's own backward (adversarial examples, say) are not the step's.
+        self._capture.set_open(not self.model.automatic_optimization)
 
-    def before_backward(self) -> None:
-        """Prepare the check against `.grad`, once a run."""
+    def before_backward(self, loss: Tensor) -> None:
+        """Open the hooks; prepare the check against `.grad`."""
         if self._skips_rest:
             return
         self._backwards += 1
-        if self._is_armed and not self._is_verified and self._backwards == 1:
-            self._check = GradientCheck(self._layers)
+        if self._is_armed and self._backwards == 1:
+            self._capture.set_open(True)
+            self._check.start()
+            self._loss = loss.detach().clone()
 
     def after_backward(self) -> None:
-        """Drop the layers whose captured gradients are not their whole gradient."""
-        if self._skips_rest:
+        """Check the gradients and, if this was the batch's one backward, take them before anything changes."""
+        if self._skips_rest or not self._is_armed:
             return
+        if self._backwards == 1:
+            self._verify()
         if self.model.automatic_optimization:
-            self.disarm()  # the one backward of this batch is over: leave the optimizer alone
-        if self._check is None:
-            return
-        errors, self._check = self._check.errors(self._capture.raw_gradients()), None
-        if errors is None:  # an overflow: look again at the next batch
-            return
-        self._is_verified = True
-        self._drop(
-            {
-                name: f"its weight is also used outside of its forward (captured gradients differ from .grad "
-                f"by {error:.0%})"
-                for name, error in errors.items()
-            }
-        )
+            self._step = self._collect()
+            self.disarm()  # the optimizer is left alone
 
     def end_batch(self, outputs: Any) -> None:
         """Take in the batch's gradients, and finish the file after an epoch's last batch."""
         if self._skips_rest:
             return
-        self.disarm()
         rows, self._batch_rows = self._batch_rows, None
         if rows is None or not self._batch_facts:
             return
-        facts, self._batch_facts = self._batch_facts, {}
+        if self._backwards > 1:
+            self._refuse_backwards()
         # Without a backward: a skipped step, or the batch norm update of weight averaging.
         has_manual_loss = bool(outputs) and not self.model.automatic_optimization
-        if has_manual_loss or self._backwards or len(self._capture.unseen) < len(self._layers):
-            self._take_in(rows, facts)
+        if self._step is None and (has_manual_loss or len(self._capture.unseen) < len(self._layers)):
+            self._batch_rows = rows
+            self._step, self._batch_rows = self._collect(), None
+        self.disarm()
+        facts, self._batch_facts = self._batch_facts, {}
+        step, self._step = self._step, None
+        if step is not None:
+            self._take_in(step, rows, facts)
         self._capture.clear()
         if self._recorder is not None and self.trainer.is_last_batch:
             self._finish()
@@ -202,12 +205,13 @@ class CaptureSession:
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             report.warn_of_no_file(self.options.path, wanted)
-        report.warn_if_stale(self._staleness_found)
+        report.warn_of_losses(self._agreement)
 
     def disarm(self) -> None:
         """Remove the hooks; may be called at any time."""
         if self._is_armed:
             self._is_armed = False
+            self._capture.set_open(False)
             self._capture.__exit__()
 
     def close(self) -> None:
@@ -224,16 +228,13 @@ class CaptureSession:
         self._trainable = trainable(self.model)
         self._layers, self._coverage = track_layers(self.model, self.options.layers)
         self._capture = StepCapture(self._layers, loss=self.options.loss)
+        self._check = GradientCheck(self._layers)
         self._plans: dict[str, LayerPlan] = {}
         self._bases: dict[str, Eigenbasis] = {}
         self._is_verified = False
 
     def _records_rows(self) -> bool:
-        return (
-            self._epoch is not None
-            and self._schedule is not None
-            and self._schedule.records_rows(self._epoch)
-        )
+        return self._epoch is not None and self._schedule is not None and self._schedule.records_rows(self._epoch)
 
     def _prepares_bases(self) -> bool:
         needs = any(plan.codec == "eigen" for plan in self._plans.values())
@@ -247,21 +248,54 @@ class CaptureSession:
     def _wants_gradients(self) -> bool:
         return self._records_rows() or self._prepares_bases() or not self._plans
 
-    def _take_in(self, rows: np.ndarray, facts: dict[str, float]) -> None:
-        if self._backwards > 1 and self.model.automatic_optimization:
+    def _refuse_backwards(self) -> None:
+        """Several backwards in a batch, where their sum is not what one optimizer step applies."""
+        if self.model.automatic_optimization:
             raise UnsupportedTrainingError(
                 f"`training_step` ran {self._backwards} times for one batch, as LBFGS does; capture needs an "
                 "optimizer that calls its closure once."
             )
-        if not self._plans:
-            self._drop(
-                dict.fromkeys(self._capture.unseen, "no call of it took part in the first batch's backward")
+        if len(self.trainer.optimizers) > 1:
+            raise UnsupportedTrainingError(
+                f"One batch had {self._backwards} backwards for {len(self.trainer.optimizers)} optimizers; which "
+                "gradients each of them applied cannot be told. Capture needs one backward or one optimizer."
             )
-        step = self._capture.gradients(len(rows), backpropagated_factor=facts["factor"])
+
+    def _verify(self) -> None:
+        """Leave out, at first, and refuse, later, layers whose captured gradients are not their whole."""
+        if not self._is_verified:
+            self._drop(dict.fromkeys(self._capture.changed, "its input is changed in place before the backward"))
+        errors = self._check.mismatches(self._capture.raw_gradients())
+        if errors is None:  # an overflow: look again at the next batch
+            return
+        reasons = {
+            name: "its weight is also used outside of its forward, or gradients flow through it twice (captured "
+            f"gradients differ from .grad by {error:.0%})"
+            for name, error in errors.items()
+        }
+        if self._is_verified and reasons:
+            name, reason = next(iter(reasons.items()))
+            raise LayerError(f"Layer {name!r}: {reason}; this was not so in the first batch.")
+        self._drop(reasons)
+        if not self._is_verified and (accounted := self._capture.accounted_for()) is not None:
+            rest = float((self._loss.float().sum() - accounted).abs() / self._loss.float().sum().abs())
+            if rest > 0.01:
+                report.warn_of_other_terms(rest)
+        self._is_verified = True
+
+    def _collect(self) -> StepGradients:
+        """The batch's gradients, copied."""
+        assert self._batch_rows is not None
         if not self._plans:
-            check_examples_come_first(
-                self.trainer, self.model, self._layers, step.gradients, rows, self.options.loss
-            )
+            unseen = self._capture.unseen
+            self._drop(dict.fromkeys(unseen, "no call of it took part in the first batch's backward"))
+        factor = self._batch_facts["factor"]
+        return self._capture.gradients(len(self._batch_rows), backpropagated_factor=factor)
+
+    def _take_in(self, step: StepGradients, rows: np.ndarray, facts: dict[str, float]) -> None:
+        if not self._plans:
+            batch, self._first_batch = self._first_batch, None
+            self._drop(layers_of_other_rows(self.trainer, self.model, self._layers, step.gradients, batch))
             self._make_plans(step)
         if self._prepares_bases():
             for name, plan in self._plans.items():
@@ -272,9 +306,7 @@ class CaptureSession:
         if self._records_rows():
             if self._recorder is None:
                 self._recorder = self._make_recorder()
-            self._recorder.update(
-                step, rows, step_index=int(facts["step"]), learning_rate=facts["learning_rate"]
-            )
+            self._recorder.update(step, rows, step_index=int(facts["step"]), learning_rate=facts["learning_rate"])
 
     def _drop(self, reasons: dict[str, str]) -> None:
         """Stop tracking layers, and say why in the coverage."""
@@ -283,7 +315,8 @@ class CaptureSession:
         self._coverage = self._coverage.without(reasons)
         self._layers = {name: layer for name, layer in self._layers.items() if name not in reasons}
         self._plans = {name: plan for name, plan in self._plans.items() if name not in reasons}
-        self._capture.layers = self._layers
+        self._capture.keep(self._layers)
+        self._check = GradientCheck(self._layers)
         if not self._layers:
             raise LayerError(f"No layer can be attributed:\n{self._coverage}")
 
@@ -292,7 +325,11 @@ class CaptureSession:
             raise UnsupportedTrainingError(
                 "The training dataset has no length, so its rows have no place; give it a `__len__`."
             )
-        self._plans = plan_layers(self._layers, step.gradients, self.options.codec)
+        self._plans = plan_layers(
+            self._layers, {name: step.gradients[name] for name in self._layers}, self.options.codec
+        )
+        report.warn_of_coupling(self.model)
+        report.warn_of_weights(step.scale.factor)
         assert self._schedule is not None
         report.announce(
             self.options.path,
@@ -321,9 +358,10 @@ class CaptureSession:
         recorder = self._recorder
         assert recorder is not None
         layers, counts = recorder.factors(), recorder.counts()
-        staleness, note = self._staleness.measure(
+        agreement = self._staleness.measure(
             self.trainer, self.model, self._layers, self.options.loss, recorder, layers
         )
+        self._agreement, self._staleness = agreement, StalenessProbe()
         recorder.finish(
             layers,
             attributes={
@@ -332,8 +370,9 @@ class CaptureSession:
                 "weights_hash_end": weights_hash(self.model),
                 "fisher": self.options.fisher,
                 "loss": self.options.loss,
-                "staleness_spearman": staleness,
-                "staleness_note": note,
+                "staleness_spearman": agreement.staleness,
+                "staleness_note": agreement.note,
+                "codec_spearman": agreement.codec,
             },
             documents={
                 "coverage": self._coverage.to_builtins(),
@@ -345,8 +384,7 @@ class CaptureSession:
             self._bases = recorder.next_bases()
         self.finished_epoch = self._epoch
         self._recorder = None
-        self._staleness_found = staleness
-        report.report_file(self.trainer, self.path, self._epoch, counts, staleness, note)
+        report.report_file(self.trainer, self.path, epoch=self._epoch, counts=counts, agreement=agreement)
 
     def _drop_recorder(self) -> None:
         if self._recorder is not None:

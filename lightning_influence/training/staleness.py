@@ -5,6 +5,9 @@ the final weights, and scores of their rows as captured are compared with scores
 would be now: the mean Spearman correlation over some of them as queries. The examples are those of a
 few batches spread evenly over the epoch, kept as training saw them: the dataset is not asked again,
 so augmentation is no part of the measure, and a dataset that draws random numbers is not disturbed.
+
+The same examples say what the codec costs: scores of their rows as encoded now against scores of their
+gradients as they are.
 """
 
 from __future__ import annotations
@@ -12,27 +15,43 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.functional.eigenvalues import CHUNK_ELEMENTS
+from lightning_influence.functional.products import inner_products
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
-from lightning_influence.scoring import ScoredLayer, sum_of_scores
+from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import LossKind
-from lightning_influence.training.asking import example_gradients, kept_random_states
+from lightning_influence.training.asking import copied, example_gradients, kept_random_states
 
 EXAMPLES = 128
 QUERIES = 16
 BATCHES = 8  # as many ages of rows, unless batches are very large or small, or the epoch is short
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Mean Spearman correlations between scores of the same examples, 1 where nothing is lost.
+
+    Args:
+        staleness: rows as captured against rows as they would be at the final weights.
+        codec: rows as encoded at the final weights against the gradients themselves.
+        note: why they are NaN, if they are.
+    """
+
+    staleness: float = math.nan
+    codec: float = math.nan
+    note: str = ""
 
 
 class StalenessProbe:
@@ -57,7 +76,7 @@ class StalenessProbe:
         if batch_idx not in self._wanted or self._problem:
             return
         try:
-            self._kept.append((rows, apply_to_collection(batch, Tensor, lambda t: t.detach().clone())))
+            self._kept.append((rows, copied(batch)))
         except Exception as error:  # a batch of a kind that cannot be rebuilt
             self._problem = _reason(error)
 
@@ -69,8 +88,8 @@ class StalenessProbe:
         loss: LossKind,
         recorder: Recorder,
         factors: Mapping[str, ScoredLayer],
-    ) -> tuple[float, str]:
-        """The rank agreement and "", or NaN and the reason why there is none.
+    ) -> Agreement:
+        """The rank agreements, or NaN and the reason why there are none.
 
         A copy of the model is asked, in eval mode, and random states are put back, so that neither
         the user's metrics nor the order of the data notice.
@@ -84,9 +103,9 @@ class StalenessProbe:
             factors: made from them.
         """
         if self._problem or not self._kept:
-            return math.nan, self._problem or "the number of batches was not known"
+            return Agreement(note=self._problem or "the number of batches was not known")
         if not model.automatic_optimization:
-            return math.nan, "not measured with manual optimization"
+            return Agreement(note="not measured with manual optimization")
         try:
             with kept_random_states(), trainer.precision_plugin.forward_context():
                 final = self._ask(copy.deepcopy(model), layers, loss)  # a copy without its trainer
@@ -94,9 +113,9 @@ class StalenessProbe:
             chosen = _sample(recorder.writer.read_column("valid")[rows].astype(bool))
             final = {name: gradient[chosen] for name, gradient in final.items()}
             stored = recorder.stored_rows(rows[chosen.numpy()])
-            return rank_agreement(factors, final, stored), ""
+            return rank_agreement(factors, final, stored)
         except Exception as error:  # the user's code runs here, in a way it may not be made for
-            return math.nan, _reason(error)
+            return Agreement(note=_reason(error))
 
     def _ask(
         self, clone: LightningModule, layers: Mapping[str, TrackedLayer], loss: LossKind
@@ -131,26 +150,27 @@ def rank_agreement(
     layers: Mapping[str, ScoredLayer],
     final: Mapping[str, LayerGradient],
     stored: Mapping[str, Mapping[str, Tensor]],
-) -> float:
-    """Mean Spearman correlation of EK-FAC scores of rows as stored and as they would be now.
+) -> Agreement:
+    """How EK-FAC scores agree between rows as stored, rows as they would be now, and exact gradients.
 
     Args:
         layers: the factors.
         final: the examples' gradients at the final weights.
         stored: their arrays, in the same order.
-
-    Returns:
-        1 where nothing aged; NaN for fewer than three examples.
     """
     examples = len(next(iter(final.values())))
+    if examples < 3:
+        return Agreement(note=f"only {examples} examples")
     largest = max(layer.Lambda.numel() for layer in layers.values())
     queries = min(QUERIES, examples, max(4, 4 * CHUNK_ELEMENTS // largest))
-    if examples < 3:
-        return float("nan")
-    asked = {name: gradient[:queries] for name, gradient in final.items()}
-    now = {name: layer.codec.encode(final[name]) for name, layer in layers.items()}
-    kind, rule = get_curvature("ekfac"), HeuristicDamping()
-    projected = {name: layer.precondition(asked[name], kind, rule) for name, layer in layers.items()}
-    scores = [sum_of_scores(layers, projected, arrays) for arrays in (stored, now)]
+    scores = torch.zeros(3, queries, examples)
+    for name, layer in layers.items():
+        inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping())
+        asked = layer.basis.rotate(final[name][:queries]) * inverse
+        projected = layer.codec.project(asked, layer.basis)
+        scores[0] += layer.codec.scores(projected, stored[name]).cpu()
+        scores[1] += layer.codec.scores(projected, layer.codec.encode(final[name])).cpu()
+        scores[2] += inner_products(final[name], layer.basis.rotate_back(asked)).cpu()
     others = ~torch.eye(queries, examples, dtype=torch.bool)  # a query's own row is no news
-    return mean_rank_correlation(*(each.cpu()[others].view(queries, examples - 1) for each in scores))
+    aged, now, exact = (each[others].view(queries, examples - 1) for each in scores)
+    return Agreement(mean_rank_correlation(aged, now), mean_rank_correlation(now, exact))

@@ -70,9 +70,7 @@ every_layer = pytest.mark.parametrize(
 )
 
 
-def batch(
-    shape: tuple[int, int], positions: int, has_bias: bool, *, n: int = N, seed: int = 0
-) -> LayerGradient:
+def batch(shape: tuple[int, int], positions: int, has_bias: bool, *, n: int = N, seed: int = 0) -> LayerGradient:
     generator = torch.Generator().manual_seed(seed)
     o, i = shape
     a = torch.randn(n, positions, i, generator=generator) * torch.logspace(0, -2, i)
@@ -178,9 +176,7 @@ def test_coordinates_that_were_not_kept_decode_to_zero(name: str) -> None:
 
 @every_codec
 @every_layer
-def test_scores_are_inner_products_with_the_decoded_rows(
-    name: str, shape, positions: int, has_bias: bool
-) -> None:
+def test_scores_are_inner_products_with_the_decoded_rows(name: str, shape, positions: int, has_bias: bool) -> None:
     row = stored(name, shape, positions, has_bias)
     queries = row.basis.rotate(batch(shape, positions, has_bias, n=Q, seed=1))  # any coordinates [q, o, i]
     found = row.codec.scores(row.codec.project(queries, row.basis), row.arrays)
@@ -203,9 +199,7 @@ def test_quadratic_is_the_weighted_squares_of_the_rotated_decoded_rows(
 
 @every_codec
 @every_layer
-def test_a_codec_comes_back_from_its_config_and_state(
-    name: str, shape, positions: int, has_bias: bool
-) -> None:
+def test_a_codec_comes_back_from_its_config_and_state(name: str, shape, positions: int, has_bias: bool) -> None:
     row = stored(name, shape, positions, has_bias)
     config = json.loads(json.dumps(row.codec.get_config()))
     again = codec_from_config(row.codec.codec_id, config, row.codec.state(), row.basis)
@@ -330,8 +324,7 @@ def test_selection_respects_the_budget_and_every_layer(
 
 def test_rows_of_many_layers_stay_within_the_budget() -> None:
     Lambdas = {
-        str(number): torch.rand(40, 50, generator=torch.Generator().manual_seed(number))
-        for number in range(6)
+        str(number): torch.rand(40, 50, generator=torch.Generator().manual_seed(number)) for number in range(6)
     }
     chosen = select_coordinates(Lambdas, 8192)
     nbytes = sum(len(c) + 4 * -(-len(c) // 64) for c, _ in chosen.values())

@@ -71,9 +71,7 @@ def test_inverse_equals_the_dense_matrix(case: str, s: int, shape: tuple[int, in
 def test_huge_damping_gives_the_order_of_plain_dot_products(curvature: str) -> None:
     gradient = layer()
     plain = gradient.dense().flatten(1) @ gradient.dense().flatten(1).T
-    damped = (
-        preconditioned(gradient, curvature, AbsoluteDamping(1e9)).flatten(1) @ gradient.dense().flatten(1).T
-    )
+    damped = preconditioned(gradient, curvature, AbsoluteDamping(1e9)).flatten(1) @ gradient.dense().flatten(1).T
     assert torch.equal(damped.argsort(dim=1), plain.argsort(dim=1))
     # 1 / (Lambda + damping) differs from 1 / damping by Lambda / damping, some 1e-7 here
     torch.testing.assert_close(1e9 * damped, plain, rtol=1e-5, atol=1e-4)

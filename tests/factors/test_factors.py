@@ -158,9 +158,7 @@ def test_copies_go_on_counting(copied) -> None:
 
 def _one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         whole, shape = gradient(12, 2, (1, 5)), (1, 5)
         own = whole[:5] if rank == 0 else whole[5:]  # unequal shares

@@ -99,16 +99,12 @@ def loader(n: int = N, batch_size: int = BATCH, *, shuffle: bool = True, **optio
 
 def make_trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Two epochs on the CPU, and nothing that prints or writes."""
-    quiet = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "default_root_dir": folder}
     return pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
 
 
-def fit(
-    folder: Path, model: pl.LightningModule, data: Any, *callbacks: pl.Callback, **options: Any
-) -> pl.Trainer:
+def fit(folder: Path, model: pl.LightningModule, data: Any, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Train with a fixed order of the data."""
     trainer = make_trainer(folder, *callbacks, **options)
     torch.manual_seed(3)

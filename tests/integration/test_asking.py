@@ -87,7 +87,5 @@ def test_a_checkpoint_of_more_than_plain_values_says_how_to_load_it(tmp_path: Pa
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(QueryError, match="pass `weights_only=False`"):
         InfluenceModule.from_checkpoint(tmp_path / "last.ckpt", WithHyperparameter)
-    influence = InfluenceModule.from_checkpoint(
-        tmp_path / "last.ckpt", WithHyperparameter, weights_only=False
-    )
+    influence = InfluenceModule.from_checkpoint(tmp_path / "last.ckpt", WithHyperparameter, weights_only=False)
     assert influence.scores(QUERY).shape == (3, 10)

@@ -110,9 +110,7 @@ class Case:
     def predictions(self, curvature: str) -> Tensor:
         """Predicted changes of the queries' losses, [q, m]: minus what removal does to f = -loss."""
         each = [
-            self.influence.removal_effect(
-                _batch(*self.queries), [m], damping=self.damping, curvature=curvature
-            )
+            self.influence.removal_effect(_batch(*self.queries), [m], damping=self.damping, curvature=curvature)
             for m in self.removed[:2]
         ]
         by_scores = self.scores(curvature)[:, self.removed] / len(self.model.features)

@@ -277,9 +277,7 @@ def test_logged_values_are_the_same_at_every_step(runs: tuple[Run, Run]) -> None
     assert [entry for entry in captured.logged if entry not in ours] == plain.logged
     names = plain.trainer.callback_metrics.keys()
     assert captured.trainer.callback_metrics.keys() == names
-    assert (
-        list(differences(dict(plain.trainer.callback_metrics), dict(captured.trainer.callback_metrics))) == []
-    )
+    assert list(differences(dict(plain.trainer.callback_metrics), dict(captured.trainer.callback_metrics))) == []
 
 
 def test_checkpoints_differ_only_in_the_callbacks_own_entry(runs: tuple[Run, Run]) -> None:
@@ -331,7 +329,5 @@ def test_no_function_mode_and_no_compiler_stance_is_left(runs: tuple[Run, Run]) 
 def test_a_dataset_with_its_own_generator_is_not_disturbed(tmp_path: Path) -> None:
     case = Case(data=OwnGenerator, callbacks=stops_after_two)
     plain = fit(case, tmp_path / "plain")
-    captured = fit(
-        case, tmp_path / "captured", InfluenceCallback(tmp_path / "influence.h5", on_error="raise")
-    )
+    captured = fit(case, tmp_path / "captured", InfluenceCallback(tmp_path / "influence.h5", on_error="raise"))
     assert list(differences(plain.model.state_dict(), captured.model.state_dict())) == []

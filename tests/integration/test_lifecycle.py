@@ -307,9 +307,7 @@ FAILURES: dict[str, tuple[Callable, Callable, Callable, dict, type[InfluenceErro
 
 
 @pytest.fixture(params=FAILURES, ids=str)
-def failure(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> tuple[Callable, Callable, Path, dict, type, str]:
+def failure(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Callable, Callable, Path, dict, type, str]:
     if request.param == "closed folder" and os.name == "posix" and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     model, data, path, options, error, match = FAILURES[request.param]
@@ -325,9 +323,7 @@ def test_a_failure_of_ours_gives_one_warning_that_says_what_to_do(failure: tuple
 
 
 @pytest.mark.filterwarnings("ignore:.*InfluenceCallback")
-def test_a_failure_of_ours_leaves_training_as_it_is_without_the_callback(
-    failure: tuple, tmp_path: Path
-) -> None:
+def test_a_failure_of_ours_leaves_training_as_it_is_without_the_callback(failure: tuple, tmp_path: Path) -> None:
     model, data, path, options, _, _ = failure
     alone, watched = model(), model()
     fit(tmp_path, alone, data())
@@ -364,9 +360,7 @@ def train_on_a_full_disk(folder: Path, results: Connection) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit on file sizes in a forked process")
 def test_training_completes_on_a_full_disk_with_one_warning_and_no_file(tmp_path: Path) -> None:
     results, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(
-        target=train_on_a_full_disk, args=(tmp_path, sender)
-    )
+    process = multiprocessing.get_context("fork").Process(target=train_on_a_full_disk, args=(tmp_path, sender))
     process.start()
     sender.close()
     (message,), weights = results.recv()  # EOFError: training did not complete
@@ -507,9 +501,7 @@ class Stopping(Classifier):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, 2)])
-def test_a_stop_before_the_epoch_that_seemed_certain_is_warned_of(
-    tmp_path: Path, epoch: int, batch: int
-) -> None:
+def test_a_stop_before_the_epoch_that_seemed_certain_is_warned_of(tmp_path: Path, epoch: int, batch: int) -> None:
     with our_warnings() as messages:
         callback = InfluenceCallback(tmp_path / "influence.h5")
         fit(tmp_path, Stopping(epoch, batch), loader(), callback, max_epochs=3)
@@ -783,15 +775,11 @@ class Scheduled(Classifier):
 def test_rows_tell_the_learning_rate_that_was_in_force_at_their_step(tmp_path: Path) -> None:
     path = tmp_path / "influence.h5"
     fit(tmp_path, Scheduled(), loader(shuffle=False), InfluenceCallback(path))
-    assert StoreReader(path).column("learning_rate").tolist() == [
-        2.0 ** -(3 + row // BATCH) for row in range(N)
-    ]
+    assert StoreReader(path).column("learning_rate").tolist() == [2.0 ** -(3 + row // BATCH) for row in range(N)]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_rows_tell_the_number_of_steps_that_were_taken_before_theirs(
-    tmp_path: Path, accumulation: int
-) -> None:
+def test_rows_tell_the_number_of_steps_that_were_taken_before_theirs(tmp_path: Path, accumulation: int) -> None:
     path = tmp_path / "influence.h5"
     data, callback = loader(shuffle=False), InfluenceCallback(path)
     fit(tmp_path, Classifier(), data, callback, accumulate_grad_batches=accumulation)
@@ -837,9 +825,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]
     shown.removeHandler(caplog.handler)
 
 
-def test_the_log_says_at_the_start_what_will_be_captured(
-    tmp_path: Path, lines: Callable[[], list[str]]
-) -> None:
+def test_the_log_says_at_the_start_what_will_be_captured(tmp_path: Path, lines: Callable[[], list[str]]) -> None:
     path = tmp_path / "influence.h5"
     fit(tmp_path, Classifier(), loader(), InfluenceCallback(path))
     start = f"InfluenceCallback: captures the final epoch into {path}: 2 layers (2 as pairs), 100.0%"

@@ -405,9 +405,7 @@ def test_self_influence_is_positive(influence: InfluenceModule) -> None:
     assert (influence.self_influence()[:SEEN] > 0).all()
 
 
-def test_the_effect_of_a_removal_is_minus_the_mean_score(
-    influence: InfluenceModule, batch: list[Tensor]
-) -> None:
+def test_the_effect_of_a_removal_is_minus_the_mean_score(influence: InfluenceModule, batch: list[Tensor]) -> None:
     expected = -influence.scores(batch)[:, [3, 5]].sum(1) / SEEN
     torch.testing.assert_close(influence.removal_effect(batch, [3, 5]), expected, rtol=1e-6, atol=0)
 
@@ -475,9 +473,7 @@ def test_queries_need_no_training_data(tmp_path: Path, batch: list[Tensor]) -> N
 # --- measurements ---------------------------------------------------------------------------------
 
 
-def test_the_log_likelihood_is_the_default_measurement(
-    influence: InfluenceModule, batch: list[Tensor]
-) -> None:
+def test_the_log_likelihood_is_the_default_measurement(influence: InfluenceModule, batch: list[Tensor]) -> None:
     def log_likelihood(model: nn.Module, batch: Any) -> Tensor:
         x, y = batch
         return -F.cross_entropy(model(x), y, reduction="none")
@@ -644,9 +640,7 @@ def test_queries_work_where_gradients_are_off(influence: InfluenceModule, mode: 
 # --- damping, curvature, k ------------------------------------------------------------------------
 
 
-def test_large_damping_gives_the_order_of_dot_products(
-    influence: InfluenceModule, batch: list[Tensor]
-) -> None:
+def test_large_damping_gives_the_order_of_dot_products(influence: InfluenceModule, batch: list[Tensor]) -> None:
     damped = influence.scores(batch, damping=1e6)[:, :SEEN] * 1e6
     plain = influence.scores(batch, curvature="identity")[:, :SEEN]
     torch.testing.assert_close(damped, plain, rtol=1e-4, atol=1e-6)
@@ -684,9 +678,7 @@ def test_an_unknown_curvature_is_refused(influence: InfluenceModule, batch: list
 
 
 @pytest.mark.parametrize("k", [0, -1, SEEN + 1, 2.0, True])
-def test_a_k_that_the_file_cannot_give_is_refused(
-    influence: InfluenceModule, batch: list[Tensor], k: Any
-) -> None:
+def test_a_k_that_the_file_cannot_give_is_refused(influence: InfluenceModule, batch: list[Tensor], k: Any) -> None:
     with pytest.raises(ValueError, match=f"`k` must be an integer from 1 to {SEEN}.*got {k}"):
         influence.top_k(batch, k)
 
@@ -714,9 +706,7 @@ def test_predict_returns_the_attributions_of_top_k(
         assert all(torch.equal(*pair) for pair in zip(each, influence.top_k(batch, 4), strict=True))
 
 
-def test_predict_takes_all_arguments_of_top_k_from_the_options(
-    influence: InfluenceModule, tmp_path: Path
-) -> None:
+def test_predict_takes_all_arguments_of_top_k_from_the_options(influence: InfluenceModule, tmp_path: Path) -> None:
     options = {"k": 2, "largest": False, "damping": 1.0, "curvature": "kfac", "measurement": margin}
     influence.query_options = dict(options)
     found = predict(tmp_path, influence)

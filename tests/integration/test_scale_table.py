@@ -214,9 +214,7 @@ TABLE = {
         cross_entropy(label_smoothing=0.2), cross_entropy(label_smoothing=0.2, reduction="sum")
     ),
     "times-0.3": Case(scaled(cross_entropy(), 0.3)),
-    "times-0.3-accumulate-3": Case(
-        scaled(cross_entropy(), 0.3), trainer=lambda: {"accumulate_grad_batches": 3}
-    ),
+    "times-0.3-accumulate-3": Case(scaled(cross_entropy(), 0.3), trainer=lambda: {"accumulate_grad_batches": 3}),
     "nn.CrossEntropyLoss": Case(nn.CrossEntropyLoss()),
     "nll-of-log-softmax": Case(log_softmax_nll),
     "mse": Case(elementwise(F.mse_loss), elementwise(F.mse_loss)),

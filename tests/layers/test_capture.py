@@ -265,9 +265,7 @@ def test_calls_with_different_numbers_of_rows_are_refused() -> None:
 
 
 def test_a_gradient_needs_matching_factors() -> None:
-    with pytest.raises(
-        ValueError, match=r"must be \[n, s, i\] and \[n, s, o\], got \(2, 3, 4\) and \(2, 2, 5\)"
-    ):
+    with pytest.raises(ValueError, match=r"must be \[n, s, i\] and \[n, s, o\], got \(2, 3, 4\) and \(2, 2, 5\)"):
         LayerGradient(torch.ones(2, 3, 4), torch.ones(2, 2, 5))
 
 

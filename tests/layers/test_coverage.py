@@ -126,9 +126,7 @@ def test_a_chosen_layer_of_unsupported_type_alone_is_refused() -> None:
 
 
 def test_a_shared_parameter_is_not_attributed() -> None:
-    model = nn.ModuleDict(
-        {"embedding": nn.Embedding(7, 4), "other": nn.Linear(4, 4), "head": nn.Linear(4, 7)}
-    )
+    model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "other": nn.Linear(4, 4), "head": nn.Linear(4, 7)})
     model["head"].weight = model["embedding"].weight
     tracked, coverage = track_layers(model)
     assert list(tracked) == ["other"]

@@ -90,9 +90,7 @@ def test_loss_of_weight_zero_is_ignored_beside_another():
         output = model(X)
         total = 0.0 * F.mse_loss(output, X[:, :2], reduction="sum")
         (total + F.cross_entropy(output, LABELS)).backward()
-    assert tap.scale(4).description["terms"] == [
-        {"function": "cross_entropy", "reduction": "mean", "weight": 1.0}
-    ]
+    assert tap.scale(4).description["terms"] == [{"function": "cross_entropy", "reduction": "mean", "weight": 1.0}]
 
 
 def test_no_recognised_loss_is_refused_with_what_to_declare():

@@ -25,9 +25,7 @@ def unvec(v: Tensor, shape: tuple[int, int]) -> Tensor:
     return v.unflatten(-1, (inputs, outputs)).transpose(-2, -1)
 
 
-def covariances(
-    inputs: Tensor, output_grads: Tensor, *, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def covariances(inputs: Tensor, output_grads: Tensor, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A = (1/M) sum_n sum_s a aᵀ over the M valid positions, S = (1/N) sum_n sum_s d dᵀ.
 
     Args:

@@ -42,9 +42,7 @@ def ridge_weights_without(features: Tensor, targets: Tensor, m: int, *, weight_d
     return W - torch.outer(residual, direction) / (len(X) * (1 - leverage))
 
 
-def ridge_prediction_changes(
-    features: Tensor, targets: Tensor, queries: Tensor, *, weight_decay: float
-) -> Tensor:
+def ridge_prediction_changes(features: Tensor, targets: Tensor, queries: Tensor, *, weight_decay: float) -> Tensor:
     """Change of each query's prediction when example m is removed, shape [q, N, o]."""
     W = fit_ridge(features, targets, weight_decay=weight_decay)
     columns = [

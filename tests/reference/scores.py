@@ -27,9 +27,7 @@ def precondition(gradients: Tensor, matrix: Tensor) -> Tensor:
     return unvec(solved, (gradients.shape[1], gradients.shape[2]))
 
 
-def influence_scores(
-    measurement_gradients: Gradients, loss_gradients: Gradients, matrices: Gradients
-) -> Tensor:
+def influence_scores(measurement_gradients: Gradients, loss_gradients: Gradients, matrices: Gradients) -> Tensor:
     """-grad f_qᵀ H⁻¹ grad L_m, summed over layers.
 
     Args:

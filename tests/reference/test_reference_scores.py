@@ -63,9 +63,7 @@ def test_kfac_is_ekfac_with_products_of_eigenvalues() -> None:
     A, S = covariances(random(9, 2, 4, seed=1), random(9, 2, 3, seed=2))
     basis = eigenbasis(A, S)
     products = torch.outer(basis.eigenvalues_S, basis.eigenvalues_A)
-    torch.testing.assert_close(
-        kfac_matrix(A, S, 0.2), ekfac_matrix(basis.Q_A, basis.Q_S, products, 0.2), **EXACT
-    )
+    torch.testing.assert_close(kfac_matrix(A, S, 0.2), ekfac_matrix(basis.Q_A, basis.Q_S, products, 0.2), **EXACT)
 
 
 def test_heuristic_damping_scales_with_each_layers_own_mean() -> None:
@@ -106,9 +104,7 @@ def test_plain_scores_are_dot_products_of_gradients() -> None:
         gradient.flatten(1)
         for gradient in per_example_gradients(model, examples, classification_loss, layers).values()
     ]
-    scores = reference_scores(
-        model, examples, examples, classification_loss, layers, curvature=identity_curvature
-    )
+    scores = reference_scores(model, examples, examples, classification_loss, layers, curvature=identity_curvature)
     torch.testing.assert_close(scores, torch.cat(flat, 1) @ torch.cat(flat, 1).T, **EXACT)
 
 
@@ -172,8 +168,7 @@ def test_scores_of_layers_add_up() -> None:
     curvature = ekfac_curvature(heuristic_damping(0.1))
     together = reference_scores(model, examples, examples[:2], token_loss, layers, curvature=curvature)
     apart = [
-        reference_scores(model, examples, examples[:2], token_loss, [name], curvature=curvature)
-        for name in layers
+        reference_scores(model, examples, examples[:2], token_loss, [name], curvature=curvature) for name in layers
     ]
     assert together.shape == (2, 5)
     torch.testing.assert_close(together, torch.stack(apart).sum(dim=0), **EXACT)

@@ -29,8 +29,7 @@ def random_arrays(n: int, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     generator = np.random.default_rng(seed)
     return {
         layer: {
-            name: generator.standard_normal((n, *spec.shape)).astype(spec.dtype)
-            for name, spec in arrays.items()
+            name: generator.standard_normal((n, *spec.shape)).astype(spec.dtype) for name, spec in arrays.items()
         }
         for layer, arrays in LAYERS.items()
     }

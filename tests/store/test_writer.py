@@ -49,9 +49,7 @@ def test_rows_written_in_any_order_lie_at_their_index(tmp_path):
     order = np.random.default_rng(1).permutation(N)
     writer = open_writer(tmp_path / "run.h5")
     for part in (order[:3], order[3:4], order[4:]):
-        batch = {
-            layer: {name: array[part] for name, array in named.items()} for layer, named in arrays.items()
-        }
+        batch = {layer: {name: array[part] for name, array in named.items()} for layer, named in arrays.items()}
         writer.write_rows(part, columns={"loss": part.astype(float)}, arrays=batch)
     reader = StoreReader(writer.finish(**NOTHING))
     for layer, named in arrays.items():

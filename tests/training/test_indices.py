@@ -82,9 +82,7 @@ class Driver(pl.Callback):
             assert indices.dtype == np.int64
             self.recorded.append(indices.tolist())
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.recorder.uninstall()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

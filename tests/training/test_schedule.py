@@ -32,9 +32,7 @@ class Asking(pl.Callback):
         trainer.should_stop = True
 
 
-def ask(
-    folder: Path, *callbacks: pl.Callback, model: pl.LightningModule | None = None, **options: Any
-) -> Asking:
+def ask(folder: Path, *callbacks: pl.Callback, model: pl.LightningModule | None = None, **options: Any) -> Asking:
     asking = Asking()
     trainer = make_trainer(folder, asking, *callbacks, **options)
     trainer.fit(model or Classifier(), loader())
@@ -51,9 +49,7 @@ def test_without_a_limit_of_epochs_none_is_certain(tmp_path: Path) -> None:
     assert ask(tmp_path, max_epochs=-1, max_steps=2).answer is None
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"), [(2 * BATCHES - 1, None), (2 * BATCHES, 1), (2 * BATCHES + 1, 1)]
-)
+@pytest.mark.parametrize(("steps", "expected"), [(2 * BATCHES - 1, None), (2 * BATCHES, 1), (2 * BATCHES + 1, 1)])
 def test_a_limit_of_steps_makes_the_last_uncertain_only_if_it_comes_first(
     tmp_path: Path, steps: int, expected: int | None
 ) -> None:
@@ -120,9 +116,7 @@ def test_options_that_end_no_run_leave_it_certain(tmp_path: Path, options: dict)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, None), (2, 1)])
-def test_a_limit_of_steps_counts_the_limited_batches(
-    tmp_path: Path, steps: int, expected: int | None
-) -> None:
+def test_a_limit_of_steps_counts_the_limited_batches(tmp_path: Path, steps: int, expected: int | None) -> None:
     assert ask(tmp_path, max_steps=steps, limit_train_batches=1).answer == expected
 
 

@@ -42,9 +42,7 @@ def test_staleness_is_one_at_learning_rate_zero(tmp_path: Path, codec: str) -> N
 
 @pytest.mark.filterwarnings("ignore:.*rows aged")
 def test_staleness_falls_as_the_learning_rate_grows(tmp_path: Path) -> None:
-    slow, fast = (
-        train(tmp_path, Classifier(learning_rate=rate))["staleness_spearman"] for rate in (0.001, 3.0)
-    )
+    slow, fast = (train(tmp_path, Classifier(learning_rate=rate))["staleness_spearman"] for rate in (0.001, 3.0))
     assert 1 >= slow > 0.99
     assert fast < 0.9
 

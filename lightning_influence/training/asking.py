@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -107,6 +108,16 @@ def _measured(measurement: Measurement, model: nn.Module, batch: Any) -> Tensor:
     return values
 
 
+def copy_to_ask(
+    model: LightningModule, layers: Mapping[str, TrackedLayer]
+) -> tuple[LightningModule, dict[str, TrackedLayer]]:
+    """A deep copy of a model in training, without its trainer, and its layers."""
+    clone = copy.deepcopy(model)
+    for name in ("forward", "training_step"):  # a compiled model's are bound to the original
+        vars(clone).pop(name, None)
+    return clone, {name: layer.of_copy(clone.get_submodule(name)) for name, layer in layers.items()}
+
+
 def copied(batch: Any) -> Any:
     """A batch of its own, for asking again later; training may change the one it has."""
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
@@ -137,19 +148,31 @@ def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[No
             parameter.requires_grad_(True)
         restored.enter_context(_without_logging(model))
         model.eval()
-        versions = _versions(model)
+        restored.enter_context(_kept_state(model))
         yield
-        if changed := [name for name, version in _versions(model).items() if versions.get(name) != version]:
-            raise QueryError(
-                f"Asking {type(model).__name__} changed {', '.join(changed[:3])}, as a step that keeps a running "
-                "average does; pass `measurement=`, a function (model, batch) -> [q] that changes nothing."
-            )
 
 
-def _versions(model: nn.Module) -> dict[str, int]:
-    """Counts how often each parameter and buffer was written to."""
-    state = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor._version for name, tensor in state if not tensor.is_inference()}
+@contextmanager
+def _kept_state(model: nn.Module) -> Iterator[None]:
+    """Buffers are put back; a step that writes to parameters, as a teacher's average, is refused."""
+    owners = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for module, owned in owners:
+            module._buffers.update(owned)
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+    changed = [name for name, parameter in model.named_parameters() if parameter._version != versions.get(name)]
+    if changed:
+        raise QueryError(
+            f"Asking {type(model).__name__} wrote to its parameters {', '.join(changed[:3])}, so its answers "
+            "would change; pass `measurement=`, a function (model, batch) -> [q] that changes nothing."
+        )
 
 
 @contextmanager

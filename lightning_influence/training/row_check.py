@@ -8,7 +8,6 @@ batch without its last example: every layer must then see one row fewer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from lightning_influence.errors import QueryError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
-from lightning_influence.training.asking import kept_random_states, rows_seen
+from lightning_influence.training.asking import copy_to_ask, kept_random_states, rows_seen
 
 
 def layers_of_other_rows(
@@ -48,9 +47,7 @@ def layers_of_other_rows(
         if not model.automatic_optimization:
             raise QueryError("its `training_step` optimizes by itself")
         with kept_random_states(), trainer.precision_plugin.forward_context():
-            clone = copy.deepcopy(model)
-            copies = {name: layer.of_copy(clone.get_submodule(name)) for name, layer in layers.items()}
-            seen = rows_seen(clone, copies, _without_last_example(batch, n))
+            seen = rows_seen(*copy_to_ask(model, layers), _without_last_example(batch, n))
     except Exception as error:  # the user's code runs here, in a way it may not be made for
         doubtful = [name for name, g in gradients.items() if g.positions > 1 and g.positions % n == 0]
         if doubtful:

@@ -12,7 +12,6 @@ gradients as they are.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import LossKind
-from lightning_influence.training.asking import copied, example_gradients, kept_random_states
+from lightning_influence.training.asking import copied, copy_to_ask, example_gradients, kept_random_states
 
 EXAMPLES = 128
 QUERIES = 16
@@ -108,7 +107,7 @@ class StalenessProbe:
             return Agreement(note="not measured with manual optimization")
         try:
             with kept_random_states(), trainer.precision_plugin.forward_context():
-                final = self._ask(copy.deepcopy(model), layers, loss)  # a copy without its trainer
+                final = self._ask(*copy_to_ask(model, layers), loss)
             rows = np.concatenate([rows for rows, _ in self._kept])
             chosen = _sample(recorder.writer.read_column("valid")[rows].astype(bool))
             final = {name: gradient[chosen] for name, gradient in final.items()}
@@ -120,10 +119,7 @@ class StalenessProbe:
     def _ask(
         self, clone: LightningModule, layers: Mapping[str, TrackedLayer], loss: LossKind
     ) -> dict[str, LayerGradient]:
-        for name in ("forward", "training_step"):  # a compiled model's are bound to the original
-            vars(clone).pop(name, None)
-        of_clone = {name: layer.of_copy(clone.get_submodule(name)) for name, layer in layers.items()}
-        asked = [example_gradients(clone, of_clone, batch, loss=loss).gradients for _, batch in self._kept]
+        asked = [example_gradients(clone, layers, batch, loss=loss).gradients for _, batch in self._kept]
         return {name: LayerGradient.concatenate([part[name] for part in asked]) for name in layers}
 
 

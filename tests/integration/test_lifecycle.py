@@ -849,6 +849,7 @@ def test_the_counts_and_the_staleness_are_logged_as_metrics(tmp_path: Path) -> N
     found = {name.partition("/")[2]: float(value) for name, value in row.items() if "influence/" in name}
     size = os.path.getsize(tmp_path / "influence.h5") / 1e6
     assert found.pop("staleness_spearman") == pytest.approx(1, abs=1e-6)
+    assert found.pop("codec_spearman") == pytest.approx(1, abs=1e-2)  # int8
     assert found == {"rows_written": 8, "rows_missing": 2, "rows_invalid": 0, "file_megabytes": size}
     assert row["step"] == "4"
 

@@ -42,7 +42,9 @@ def _guarded(
 class InfluenceCallback(Callback):
     """Writes the factors and per-example gradients of the final epoch to one file, while training.
 
-    Training is not changed: weights, logged values and checkpoints are the same to the last bit.
+    Training is not changed: weights, logged values and checkpoints are the same to the last bit. (A copy
+    of the model is asked in eval mode, once at the start and about a few batches at the end; captured
+    batches of a compiled model run eagerly.)
     What is stored is the gradient of each example's own loss, summed over its positions, with batch
     mean, gradient accumulation and AMP scale divided out, at the row of its dataset index. If the
     run may stop early (early stopping, a time or step limit), each epoch is captured in turn and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from lightning_influence.training.surroundings import (
     trainable,
 )
 from lightning_influence.training.verification import GradientCheck
+
+CHECKED_SHARE = 0.25  # of the captured batches after the first, at random: nothing periodic slips through
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class CaptureSession:
         self._staleness = StalenessProbe()
         self._agreement = Agreement()
         self._skips_rest = False
+        self._random = random.Random(0)  # an own generator
 
     @property
     def path(self) -> Path:
@@ -156,7 +160,9 @@ class CaptureSession:
         self._backwards += 1
         if self._is_armed and self._backwards == 1:
             self._capture.set_open(True)
-            self._check.start()
+            is_first = self._recorder is None and self._records_rows()
+            if not self._is_verified or is_first or self._random.random() < CHECKED_SHARE:
+                self._check.start()
             self._loss = loss.detach().clone()
 
     def after_backward(self) -> None:
@@ -296,6 +302,7 @@ class CaptureSession:
         if not self._plans:
             batch, self._first_batch = self._first_batch, None
             self._drop(layers_of_other_rows(self.trainer, self.model, self._layers, step.gradients, batch))
+            step = StepGradients({name: step.gradients[name] for name in self._layers}, step.scale)
             self._make_plans(step)
         if self._prepares_bases():
             for name, plan in self._plans.items():
@@ -325,9 +332,7 @@ class CaptureSession:
             raise UnsupportedTrainingError(
                 "The training dataset has no length, so its rows have no place; give it a `__len__`."
             )
-        self._plans = plan_layers(
-            self._layers, {name: step.gradients[name] for name in self._layers}, self.options.codec
-        )
+        self._plans = plan_layers(self._layers, step.gradients, self.options.codec)
         report.warn_of_coupling(self.model)
         report.warn_of_weights(step.scale.factor)
         assert self._schedule is not None

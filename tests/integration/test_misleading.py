@@ -89,7 +89,7 @@ class Penalized(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         loss = super().training_step(batch, batch_idx)
         assert loss is not None
-        return loss + 0.1 * sum(p.square().sum() for p in self.parameters() if p.ndim > 1)
+        return loss + 0.1 * sum(p.square().sum() for p in self.parameters())
 
 
 def test_a_penalty_on_the_weights_is_no_part_of_the_rows_and_is_said(tmp_path: Path) -> None:
@@ -204,16 +204,19 @@ class Tabular(Classifier):
 
     def __init__(self) -> None:
         super().__init__(learning_rate=1e-4)
-        self.layers = nn.Sequential(nn.Linear(30, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.layers = nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 2))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), self.learning_rate)
 
 
 @pytest.mark.filterwarnings("ignore:.*rows aged")
 def test_coarse_rows_are_measured_and_warned_of(tmp_path: Path) -> None:
     x, y = load_breast_cancer(return_X_y=True)
     data = TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor(y))
-    path = tmp_path / "influence.h5"
+    path, batches = tmp_path / "influence.h5", DataLoader(data, 32, shuffle=True)
     with pytest.warns(UserWarning, match=r"rows are coarse .* `codec=\"pairs-float16\"`"):
-        fit(tmp_path, Tabular(), DataLoader(data, 32, shuffle=True), InfluenceCallback(path))
+        fit(tmp_path, Tabular(), batches, InfluenceCallback(path), max_epochs=20)
     coarse = StoreReader(path).attributes["codec_spearman"]
-    fit(tmp_path, Tabular(), DataLoader(data, 32, shuffle=True), InfluenceCallback(path, codec="pairs-float16"))
+    fit(tmp_path, Tabular(), batches, InfluenceCallback(path, codec="pairs-float16"), max_epochs=20)
     assert coarse < 0.95 < StoreReader(path).attributes["codec_spearman"]

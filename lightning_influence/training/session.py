@@ -169,11 +169,14 @@ class CaptureSession:
         """Check the gradients and, if this was the batch's one backward, take them before anything changes."""
         if self._skips_rest or not self._is_armed:
             return
-        if self._backwards == 1:
-            self._verify()
-        if self.model.automatic_optimization:
-            self._step = self._collect()
+        is_over = self.model.automatic_optimization
+        if is_over:
             self.disarm()  # the optimizer is left alone
+        with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+            if self._backwards == 1:
+                self._verify()
+            if is_over:
+                self._step = self._collect()
 
     def end_batch(self, outputs: Any) -> None:
         """Take in the batch's gradients, and finish the file after an epoch's last batch."""

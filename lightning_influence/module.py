@@ -281,4 +281,7 @@ def _staleness_text(facts: dict[str, Any]) -> str:
     value = facts["staleness_spearman"]
     if np.isnan(value):
         return f"not measured ({facts['staleness_note']})"
-    return f"Spearman {value:.3f} between scores of rows as captured and at the final weights"
+    return (
+        f"Spearman {value:.3f} between scores of rows as captured and at the final weights; "
+        f"of rows as stored and exact gradients {facts.get('codec_spearman', np.nan):.3f}"
+    )

@@ -45,7 +45,8 @@ What a captured run adds
     ``staleness_note`` says why), ``codec_spearman`` (measured with it). Documents: ``layers``
     (in the model's order: name, ``has_bias``, codec, its config), ``coverage``, ``loss``, ``versions``.
     Factors of a layer whose gradient is G ``[o, i]``: ``Q_A`` ``[i, i]`` and ``Q_S`` ``[o, o]``
-    (eigenvectors in columns), ``eigenvalues_A`` ``[i]``, ``eigenvalues_S`` ``[o]`` (descending), ``Lambda`` ``[o, i]``.
+    (eigenvectors in columns), ``eigenvalues_A`` ``[i]``, ``eigenvalues_S`` ``[o]`` (descending),
+    ``Lambda`` ``[o, i]``.
     Layers with codec ``eigen`` add ``coordinates`` ``[k]`` i8 and ``whitening`` ``[k]`` f4. The config
     of ``pairs`` is ``positions``, ``has_bias`` and ``dtype``; that of ``eigen`` is empty. The attribute
     ``loss`` is what the user asked for ("auto", "mean" or "sum"), the document ``loss`` what was seen:

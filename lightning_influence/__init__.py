@@ -3,9 +3,20 @@
 from lightning_influence.callback import InfluenceCallback
 from lightning_influence.curvature import HeuristicDamping
 from lightning_influence.errors import InfluenceError
+from lightning_influence.gradients import FactoredGradient
+from lightning_influence.layers import LayerAdapter, register_adapter
 from lightning_influence.module import InfluenceModule
 from lightning_influence.query import Attribution
 
 __version__ = "0.1.0"
 
-__all__ = ["Attribution", "HeuristicDamping", "InfluenceCallback", "InfluenceError", "InfluenceModule"]
+__all__ = [
+    "Attribution",
+    "FactoredGradient",
+    "HeuristicDamping",
+    "InfluenceCallback",
+    "InfluenceError",
+    "InfluenceModule",
+    "LayerAdapter",
+    "register_adapter",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +11,10 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lightning_influence.codecs import PairsCodec
-from lightning_influence.gradients import LayerGradient
-from lightning_influence.layer_record import LayerPlan
+from lightning_influence.functional.quantize import dequantize_float16, quantize_float16
+from lightning_influence.gradients import DenseGradient, LayerGradient, concatenate
 from lightning_influence.step import StepGradients
 
 
@@ -38,12 +38,12 @@ class Block:
     @property
     def device(self) -> torch.device:
         """Where the gradients are."""
-        return next(iter(self.gradients.values())).inputs.device
+        return next(iter(self.gradients.values())).device
 
     @property
     def nbytes(self) -> int:
         """Bytes of the gradients."""
-        return sum(g.inputs.nbytes + g.output_grads.nbytes for g in self.gradients.values())
+        return sum(gradient.nbytes for gradient in self.gradients.values())
 
     @classmethod
     def of_step(cls, step: StepGradients, indices: np.ndarray, step_index: int, learning_rate: float) -> Block:
@@ -66,10 +66,7 @@ class Block:
         return cls(
             np.concatenate([block.indices for block in blocks]),
             {name: np.concatenate([block.columns[name] for block in blocks]) for name in first.columns},
-            {
-                name: LayerGradient.concatenate([block.gradients[name] for block in blocks])
-                for name in first.gradients
-            },
+            {name: concatenate([block.gradients[name] for block in blocks]) for name in first.gradients},
         )
 
     def split_invalid(self) -> tuple[Block, Block]:
@@ -89,13 +86,12 @@ class Block:
 
 
 class Spool:
-    """Blocks on disk as float16 pairs, beside the file that they are for, deleted when done with."""
+    """Blocks on disk in float16, beside the file that they are for, deleted when done with."""
 
-    def __init__(self, path: str | os.PathLike[str], plans: Mapping[str, LayerPlan]) -> None:
-        self._plans = plans
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self._near = Path(path).absolute()
         self._folder: TemporaryDirectory | None = None
-        self._count = 0
+        self._forms: list[dict[str, LayerGradient]] = []  # of each block's gradients, without their tensors
 
     def __enter__(self) -> Spool:
         return self
@@ -113,21 +109,19 @@ class Spool:
         if self._folder is None:
             self._near.parent.mkdir(parents=True, exist_ok=True)
             self._folder = TemporaryDirectory(dir=self._near.parent, prefix=f".{self._near.name}.spool-")
-        pairs = {
-            name: (gradient.positions, self._codec(name, gradient.positions).encode(gradient))
-            for name, gradient in block.gradients.items()
-        }
+        gradients = {name: _smaller(gradient) for name, gradient in block.gradients.items()}
+        tensors = {name: [_rounded(tensor) for tensor in g.tensors] for name, g in gradients.items()}
         columns = {name: torch.from_numpy(column) for name, column in block.columns.items()}
-        torch.save((torch.from_numpy(block.indices), columns, pairs), self._file(self._count))
-        self._count += 1
+        torch.save((torch.from_numpy(block.indices), columns, tensors), self._file(len(self._forms)))
+        self._forms.append({name: g.with_tensors([_empty(t) for t in g.tensors]) for name, g in gradients.items()})
 
     def blocks(self) -> Iterator[Block]:
         """The blocks in the order in which they were written."""
-        for number in range(self._count):
-            indices, columns, pairs = torch.load(self._file(number), weights_only=True)
+        for number, forms in enumerate(self._forms):
+            indices, columns, tensors = torch.load(self._file(number), weights_only=True)
             gradients = {
-                name: self._codec(name, positions).decode_factors(arrays)
-                for name, (positions, arrays) in pairs.items()
+                name: form.with_tensors([_restored(*rounded) for rounded in tensors[name]])
+                for name, form in forms.items()
             }
             yield Block(indices.numpy(), {k: column.numpy() for k, column in columns.items()}, gradients)
 
@@ -141,6 +135,20 @@ class Spool:
         assert self._folder is not None
         return Path(self._folder.name) / f"{number:06d}.pt"
 
-    def _codec(self, name: str, positions: int) -> PairsCodec:
-        plan = self._plans[name]
-        return PairsCodec(plan.shape, positions=positions, has_bias=plan.has_bias, dtype="float16")
+
+def _smaller(gradient: LayerGradient) -> LayerGradient:
+    """The gradients in the form that takes fewer bytes."""
+    o, i = gradient.shape
+    return DenseGradient(gradient.dense()) if 4 * len(gradient) * o * i < gradient.nbytes else gradient
+
+
+def _rounded(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    return quantize_float16(tensor) if tensor.is_floating_point() else (tensor, None)
+
+
+def _restored(values: Tensor, scales: Tensor | None) -> Tensor:
+    return values if scales is None else dequantize_float16(values, scales)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return tensor.new_empty([0] * tensor.ndim)

@@ -61,6 +61,8 @@ class InfluenceCallback(Callback):
         loss: "auto" recognises the functions of `torch.nn.functional`; for any other loss, "mean"
             or "sum" declares what the value that `training_step` returns is over the examples.
         bytes_per_example: budget of the eigen codec over all its layers.
+        covariance_positions: of layers used on sequences or images, how many positions of each example enter
+            the covariances from which the eigenbasis is made; None takes all. The rows are exact either way.
         on_error: "warn": a failure of ours ends capture with one warning, and training goes on;
             "raise": it ends training.
         index_fn: a function from a batch to the dataset index of each row, for data whose sampler
@@ -80,6 +82,7 @@ class InfluenceCallback(Callback):
         fisher: Literal["empirical"] = "empirical",
         loss: LossKind = "auto",
         bytes_per_example: int = 8192,
+        covariance_positions: int | None = None,
         on_error: OnError = "warn",
         index_fn: Callable[[Any], Sequence[int] | Tensor] | None = None,
     ) -> None:
@@ -94,7 +97,11 @@ class InfluenceCallback(Callback):
             raise TypeError(f"`index_fn` must be a function from a batch to indices, got {index_fn!r}.")
         if bytes_per_example < 1:
             raise ValueError(f"`bytes_per_example` must be positive, got {bytes_per_example}.")
-        self.options = CaptureOptions(Path(path), layers, codec, bytes_per_example, fisher, loss, index_fn)
+        if covariance_positions is not None and covariance_positions < 1:
+            raise ValueError(f"`covariance_positions` must be positive or None, got {covariance_positions}.")
+        self.options = CaptureOptions(
+            Path(path), layers, codec, bytes_per_example, covariance_positions, fisher, loss, index_fn
+        )
         self.on_error = on_error
         # Lightning asks for the key at every hook of every batch
         self._state_key = self._generate_state_key(path=str(self.options.path))

@@ -1,9 +1,9 @@
 """How one layer's gradients become rows and factors while examples stream by.
 
-Two ways, by codec. `pairs` rows need no eigenbasis: covariances are summed as the rows are written,
-and basis and Lambda are made at the end, from the covariances and the stored rows. `eigen` rows need
-a basis first: it comes from the epoch before (or from a first pass over spooled pairs), and Lambda is
-summed as the rows are written.
+Two ways, by codec. `pairs` and `dense` rows need no eigenbasis: covariances are summed as the rows are
+written, and basis and Lambda are made at the end, from the covariances and the stored rows. `eigen` rows
+need a basis first: it comes from the epoch before (or from a first pass over spooled gradients), and Lambda
+is summed as the rows are written.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lightning_influence.codecs import Codec, EigenCodec, PairsCodec
-from lightning_influence.codecs.pairs import PairsDtype
+from lightning_influence.codecs import Codec, DenseCodec, EigenCodec, PairsCodec
 from lightning_influence.factors import EigenvalueCorrection, KroneckerCovariance
-from lightning_influence.functional.eigenvalues import second_moment_sum
-from lightning_influence.functional.kronecker import eigenbasis
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.functional.kronecker import diagonal_basis
+from lightning_influence.functional.quantize import RowDtype
+from lightning_influence.functional.structure import FULL, KroneckerStructure
+from lightning_influence.gradients import FactoredGradient, LayerGradient
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.scoring import ScoredLayer
 
@@ -34,20 +34,33 @@ class LayerPlan:
     Args:
         shape: (o, i) of the layer's gradient.
         has_bias: whether the gradient's last column is the bias's.
-        codec: "pairs" or "eigen".
+        codec: "pairs", "dense" or "eigen".
         positions: shared positions of an example, as the first batch had them.
-        dtype: of stored pairs.
+        dtype: of stored pairs or dense gradients.
+        structure: which Kronecker factors there are.
+        ends_in_ones: whether every input ends in the bias's 1, which pairs then leave out.
+        batch_dim: the dimension of the layer's inputs that counts examples.
     """
 
     shape: tuple[int, int]
     has_bias: bool
-    codec: Literal["pairs", "eigen"]
+    codec: Literal["pairs", "dense", "eigen"]
     positions: int
-    dtype: PairsDtype = "int8"
+    dtype: RowDtype = "int8"
+    structure: KroneckerStructure = FULL
+    ends_in_ones: bool = False
+    batch_dim: int = 0
 
-    def pairs_codec(self) -> PairsCodec:
-        """The codec for pairs of this layer."""
-        return PairsCodec(self.shape, positions=self.positions, has_bias=self.has_bias, dtype=self.dtype)
+    @property
+    def needs_basis(self) -> bool:
+        """Whether rows can be written only after covariances were seen."""
+        return self.codec == "eigen" and not self.structure.is_diagonal
+
+    def codec_without_basis(self) -> PairsCodec | DenseCodec:
+        """The codec for rows that are written before there is a basis."""
+        if self.codec == "dense":
+            return DenseCodec(self.shape, dtype=self.dtype)
+        return PairsCodec(self.shape, positions=self.positions, has_bias=self.ends_in_ones, dtype=self.dtype)
 
 
 def plan_layers(
@@ -55,7 +68,8 @@ def plan_layers(
 ) -> dict[str, LayerPlan]:
     """Choose a codec for each layer from one batch's gradients.
 
-    "auto" takes pairs where examples have one position, and eigen-coordinates for sequences.
+    "auto" takes pairs where an example's gradient is one outer product, and eigen-coordinates elsewhere.
+    "pairs" takes dense gradients where the layer's are no outer products.
 
     Raises:
         ValueError: if there is no codec of that name.
@@ -65,9 +79,22 @@ def plan_layers(
     family, _, dtype = codec.partition("-")
     plans = {}
     for name, layer in layers.items():
-        positions = gradients[name].positions
-        chosen = ("pairs" if positions == 1 else "eigen") if family == "auto" else family
-        plans[name] = LayerPlan(layer.shape, layer.has_bias, chosen, positions, dtype or "int8")  # type: ignore[arg-type]
+        gradient = gradients[name]
+        chosen = family
+        if family == "auto":
+            chosen = "pairs" if isinstance(gradient, FactoredGradient) and gradient.positions == 1 else "eigen"
+        elif family == "pairs" and not isinstance(gradient, FactoredGradient):
+            chosen = "dense"
+        plans[name] = LayerPlan(
+            layer.shape,
+            layer.has_bias,
+            chosen,  # type: ignore[arg-type]
+            gradient.positions,
+            dtype or "int8",  # type: ignore[arg-type]
+            layer.structure,
+            layer.ends_in_ones,
+            layer.batch_dim,
+        )
     return plans
 
 
@@ -85,31 +112,31 @@ class LayerRecord(ABC):
         """The layer's factors; `blocks` yields all valid rows as they were written."""
 
 
-class PairsRecord(LayerRecord):
+class RowsFirstRecord(LayerRecord):
     """Rows first, basis at the end.
 
     Args:
         codec: for the rows.
-        covariance: shared with the recorder, which updates it before the rows are added.
+        covariance: shared with the recorder, which updates it before the rows are added; None where the
+            basis is that of the parameters themselves.
     """
 
-    def __init__(self, codec: PairsCodec, covariance: KroneckerCovariance) -> None:
-        self.codec: PairsCodec = codec
+    def __init__(self, codec: PairsCodec | DenseCodec, covariance: KroneckerCovariance | None) -> None:
+        self.codec: PairsCodec | DenseCodec = codec
         self.covariance = covariance
 
     def add(self, gradient: LayerGradient) -> dict[str, Tensor]:
-        """Round the pairs; the covariances are summed outside."""
+        """Round the gradients; the covariances are summed outside."""
         return self.codec.encode(gradient)
 
     def finish(self, blocks: Iterable[Mapping[str, Tensor]]) -> ScoredLayer:
         """Basis from the covariances, Lambda from the rows."""
-        basis = eigenbasis(*self.covariance.compute())
-        squares, examples = basis.Q_A.new_zeros(basis.shape), 0
+        metric = self.covariance
+        basis = diagonal_basis(self.codec.shape) if metric is None else metric.eigenbasis()
+        correction = EigenvalueCorrection(basis).to(basis.eigenvalues_A.device)
         for arrays in blocks:
-            gradient = self.codec.decode_factors(arrays)
-            squares += second_moment_sum(gradient, basis)
-            examples += len(gradient)
-        return ScoredLayer(basis, squares / max(examples, 1), self.codec)
+            correction.update(self.codec.decode_gradient(arrays).to(basis.eigenvalues_A.device))
+        return ScoredLayer(basis, correction.compute(), self.codec)
 
 
 class EigenRecord(LayerRecord):
@@ -121,8 +148,8 @@ class EigenRecord(LayerRecord):
 
     def add(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """Sum the squared coordinates and round the leading ones."""
-        self.eigenvalues.update(gradient)
-        return self.codec.encode(gradient)
+        kept = self.eigenvalues.update_and_select(gradient, self.codec.coordinates)
+        return self.codec.encode_coordinates(kept)
 
     def finish(self, blocks: Iterable[Mapping[str, Tensor]]) -> ScoredLayer:
         """Lambda over everything added."""

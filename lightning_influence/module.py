@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from lightning_influence.attachment import check_weights, find_store
 from lightning_influence.curvature import Curvature, Damping
 from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
 from lightning_influence.gradients import LayerGradient
-from lightning_influence.layers import Coverage, TrackedLayer, find_adapter
+from lightning_influence.layers import Coverage, TrackedLayer, find_layers
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery, described_layers
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
@@ -101,6 +102,28 @@ class InfluenceModule(LightningModule):
             model = model.load_from_checkpoint(Path(checkpoint), **load_kwargs)
         return cls.attach(model, reader)
 
+    @overload
+    def scores(
+        self,
+        batch: Any,
+        *,
+        damping: Damping | float = ...,
+        curvature: str | Curvature = ...,
+        measurement: Measurement | None = ...,
+        per_layer: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def scores(
+        self,
+        batch: Any,
+        *,
+        damping: Damping | float = ...,
+        curvature: str | Curvature = ...,
+        measurement: Measurement | None = ...,
+        per_layer: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
     def scores(
         self,
         batch: Any,
@@ -108,7 +131,8 @@ class InfluenceModule(LightningModule):
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
-    ) -> Tensor:
+        per_layer: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
         """Scores of every training example for every query in the batch.
 
         Args:
@@ -119,6 +143,7 @@ class InfluenceModule(LightningModule):
             curvature: "ekfac", "kfac" or "identity" (plain dot products of gradients).
             measurement: `measurement(model, batch) -> [q]`, to ask about anything else than the
                 log-likelihood, such as a margin; row j must depend on query j only.
+            per_layer: return what each layer adds to the scores, by its name.
 
         Returns:
             Shape [q, N], on the CPU; NaN for training examples without a valid row.
@@ -127,6 +152,8 @@ class InfluenceModule(LightningModule):
             QueryError: if the queries' gradients cannot be had.
         """
         gradients = self._gradients(self._transferred(batch), measurement)
+        if per_layer:
+            return self._engine().scores_by_layer(gradients, damping=damping, curvature=curvature)
         return self._engine().scores(gradients, damping=damping, curvature=curvature)
 
     def top_k(
@@ -253,23 +280,18 @@ class InfluenceModule(LightningModule):
 
 
 def _find_layers(model: nn.Module, store: StoreReader) -> dict[str, TrackedLayer]:
+    known, reasons = find_layers(dict(model.named_modules()), model, trainable_only=False)
     tracked = {}
-    has_bias = {entry["name"]: bool(entry.get("has_bias")) for entry in described_layers(store)}
-    for name in has_bias:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as error:
+    for entry in described_layers(store):
+        name = entry["name"]
+        if name not in known:
+            why = next((f": {r}" for n, r in reasons.items() if name == n or name.startswith(f"{n}.")), "")
             raise WeightsMismatchError(
-                f"{store.path} has gradients of layer {name!r}, which {type(model).__name__} does not have; "
-                "pass the model that was trained."
-            ) from error
-        adapter = find_adapter(module)
-        if adapter is None:
-            raise WeightsMismatchError(
-                f"{store.path} has gradients of layer {name!r}, but {type(module).__name__} is no supported "
-                "layer; pass the model as it was trained."
+                f"{store.path} has gradients of layer {name!r}, which {type(model).__name__} does not have{why}; "
+                "pass the model as it was trained."
             )
-        tracked[name] = TrackedLayer(module, adapter, has_bias[name])
+        layer = known[name].with_bias(bool(entry.get("has_bias")))
+        tracked[name] = replace(layer, batch_dim=int(entry.get("batch_dim", 0)))
     return tracked
 
 

@@ -7,7 +7,7 @@ same call twice gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.functional.ranking import top_k
+from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreReader
@@ -84,16 +85,36 @@ class InfluenceQuery:
         Returns:
             Shape [q, N], NaN for examples without a valid row.
         """
+        return self._summed(queries, damping, curvature, lambda name: "all layers")["all layers"]
+
+    def scores_by_layer(
+        self,
+        queries: Mapping[str, LayerGradient],
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+    ) -> dict[str, Tensor]:
+        """What each layer adds to the scores: by its name, shape [q, N]; arguments as in `scores`."""
+        return self._summed(queries, damping, curvature, lambda name: name)
+
+    def _summed(
+        self,
+        queries: Mapping[str, LayerGradient],
+        damping: Damping | float,
+        curvature: str | Curvature,
+        group_of: Callable[[str], str],
+    ) -> dict[str, Tensor]:
+        """Scores added up over groups of layers."""
         kind, rule = get_curvature(curvature), as_damping(damping)
         projected = {
-            name: layer.precondition(_to(queries[name], self.device), kind, rule)
+            name: layer.precondition(queries[name].to(self.device), kind, rule)
             for name, layer in self.layers.items()
         }
         q = len(next(iter(projected.values())))
-        scores = torch.zeros(q, self.num_examples)
+        scores = {group_of(name): torch.zeros(q, self.num_examples) for name in self.layers}
         for rows, name, arrays in self._chunks():
-            scores[:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
-        return scores.masked_fill(~self.valid, torch.nan)
+            scores[group_of(name)][:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
+        return {group: added.masked_fill(~self.valid, torch.nan) for group, added in scores.items()}
 
     def top_k(
         self,
@@ -209,7 +230,8 @@ def _load_layer(store: StoreReader, entry: Mapping, device: torch.device) -> Sco
     name = entry["name"]
     try:
         factors = store.factors(name)
-        layer = ScoredLayer.from_arrays(factors, entry["codec"], entry["config"], device)
+        structure = KroneckerStructure(**entry.get("structure", {}))
+        layer = ScoredLayer.from_arrays(factors, entry["codec"], entry["config"], structure, device)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CorruptStoreError(
             f"{store.path}: layer {name!r} cannot be read: {type(error).__name__}: {error}. Restore a copy "
@@ -222,7 +244,3 @@ def _load_layer(store: StoreReader, entry: Mapping, device: torch.device) -> Sco
             "Restore a copy or capture again."
         )
     return layer
-
-
-def _to(gradient: LayerGradient, device: torch.device) -> LayerGradient:
-    return LayerGradient(gradient.inputs.to(device), gradient.output_grads.to(device))

@@ -7,6 +7,7 @@ has none yet sends all blocks to a temporary spool, which is read again once at 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +22,9 @@ from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
 from lightning_influence.errors import CaptureError, LayerError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
-from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
-from lightning_influence.layer_record import EigenRecord, LayerPlan, LayerRecord, PairsRecord
+from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
+from lightning_influence.gradients import FactoredGradient
+from lightning_influence.layer_record import EigenRecord, LayerPlan, LayerRecord, RowsFirstRecord
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import StepGradients
 from lightning_influence.store import COLUMNS, ArraySpec, StoreWriter
@@ -59,6 +61,7 @@ class Recorder:
         bases: eigenbases from the epoch before, for layers with the eigen codec.
         bytes_per_example: budget of the eigen codec over all its layers.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
+        covariance_positions: how many positions of each example enter the covariances; None for all.
     """
 
     def __init__(
@@ -71,17 +74,20 @@ class Recorder:
         bases: Mapping[str, Eigenbasis] | None = None,
         bytes_per_example: int = 8192,
         keep_covariances: bool = False,
+        covariance_positions: int | None = None,
     ) -> None:
         self.plans = plans
         self.writer = StoreWriter(path, num_examples=num_examples, store_id=store_id)
-        self._bases = dict(bases or {})
+        known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
+        self._bases = {**known, **(bases or {})}
         self._bytes_per_example = bytes_per_example
-        without_basis = {n for n, plan in plans.items() if plan.codec == "eigen" and n not in self._bases}
-        self._spool = Spool(self.writer.path, plans) if without_basis else None
+        without_basis = {n for n, plan in plans.items() if plan.needs_basis and n not in self._bases}
+        self._spool = Spool(self.writer.path) if without_basis else None
         self._covariances = {
-            name: KroneckerCovariance(plan.shape)
+            name: KroneckerCovariance(plan.shape, plan.structure, positions=covariance_positions)
             for name, plan in plans.items()
-            if keep_covariances or plan.codec == "pairs" or name in without_basis
+            if not plan.structure.is_diagonal
+            and (keep_covariances or plan.codec != "eigen" or name in without_basis)
         }
         self._records: dict[str, LayerRecord] = {}
         self._buffer: list[Block] = []
@@ -107,9 +113,7 @@ class Recorder:
     def next_bases(self) -> dict[str, Eigenbasis]:
         """Eigenbases of what was seen so far, for the layers with the eigen codec."""
         return {
-            name: eigenbasis(*metric.compute())
-            for name, metric in self._covariances.items()
-            if self.plans[name].codec == "eigen"
+            name: metric.eigenbasis() for name, metric in self._covariances.items() if self.plans[name].needs_basis
         }
 
     def factors(self) -> dict[str, ScoredLayer]:
@@ -153,6 +157,8 @@ class Recorder:
             {
                 "name": name,
                 "has_bias": self.plans[name].has_bias,
+                "batch_dim": self.plans[name].batch_dim,
+                "structure": self.plans[name].structure.to_builtins(),
                 "codec": layer.codec.codec_id,
                 "config": layer.codec.get_config(),
             }
@@ -176,6 +182,11 @@ class Recorder:
     def _check_positions(self, step: StepGradients) -> None:
         for name, plan in self.plans.items():
             found = step.gradients[name].positions
+            if plan.codec == "pairs" and not isinstance(step.gradients[name], FactoredGradient):
+                raise LayerError(
+                    f"Layer {name!r} was used in another way than in the first batch, so that its gradients are "
+                    "no pairs; pass `codec='eigen'`."
+                )
             if plan.codec == "pairs" and found > plan.positions:
                 raise LayerError(
                     f"Layer {name!r} has {found} positions in an example, but rows of pairs were laid out "
@@ -200,6 +211,7 @@ class Recorder:
 
     def _write(self, block: Block) -> None:
         if not self._records:
+            self._bases = {name: _basis_on(block.device, basis) for name, basis in self._bases.items()}
             self._records = self._begin(block)
             self.writer.create({name: _specs(record.codec) for name, record in self._records.items()})
         arrays = {name: _to_numpy(r.add(block.gradients[name])) for name, r in self._records.items()}
@@ -213,7 +225,7 @@ class Recorder:
         return {
             name: EigenRecord(EigenCodec(eigen[name], *chosen[name]))
             if name in eigen
-            else PairsRecord(plan.pairs_codec(), self._covariances[name])
+            else RowsFirstRecord(plan.codec_without_basis(), self._covariances.get(name))
             for name, plan in self.plans.items()
         }
 
@@ -229,15 +241,23 @@ class Recorder:
 
 def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: int) -> int:
     """Bytes that one example's row arrays will take; exact for pairs, the most it can be for eigen."""
-    pairs = sum(plan.pairs_codec().bytes_per_row for plan in plans.values() if plan.codec == "pairs")
+    pairs = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values() if plan.codec != "eigen")
     coordinates = sum(o * i for o, i in (plan.shape for plan in plans.values() if plan.codec == "eigen"))
     return pairs + min(bytes_per_example, round(coordinates * BYTES_PER_COORDINATE))
 
 
 def expected_file_bytes(plans: Mapping[str, LayerPlan], bytes_per_row: int, num_examples: int) -> int:
     """About the size of the whole file: rows, columns and float32 factors."""
-    factors = sum(4 * (o * o + i * i + o * i) for o, i in (plan.shape for plan in plans.values()))
+    factors = 0
+    for plan in plans.values():
+        sides = (plan.structure.inputs_shape(plan.shape), plan.structure.outputs_shape(plan.shape), plan.shape)
+        factors += 4 * sum(math.prod(side) for side in sides)
     return num_examples * (bytes_per_row + COLUMN_BYTES) + factors
+
+
+def _basis_on(device: torch.device, basis: Eigenbasis) -> Eigenbasis:
+    Q_A, Q_S = (None if Q is None else Q.to(device) for Q in (basis.Q_A, basis.Q_S))
+    return Eigenbasis(Q_A, Q_S, basis.eigenvalues_A.to(device), basis.eigenvalues_S.to(device))
 
 
 def _specs(codec: Codec) -> dict[str, ArraySpec]:

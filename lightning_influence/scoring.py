@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_influence.codecs import Codec, codec_from_config
 from lightning_influence.curvature import Curvature, Damping
 from lightning_influence.functional.kronecker import Eigenbasis
+from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import LayerGradient
 
 
@@ -39,7 +40,7 @@ class ScoredLayer:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Basis, eigenvalues and the codec's state, as a file holds them."""
         tensors = {**vars(self.basis), "Lambda": self.Lambda, **self.codec.state()}
-        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
     def from_arrays(
@@ -47,6 +48,7 @@ class ScoredLayer:
         arrays: Mapping[str, np.ndarray],
         codec_id: str,
         config: Mapping[str, Any],
+        structure: KroneckerStructure = FULL,
         device: torch.device | str = "cpu",
     ) -> ScoredLayer:
         """The inverse of `to_arrays`.
@@ -55,17 +57,10 @@ class ScoredLayer:
             ValueError, KeyError or TypeError: if the arrays do not fit together.
         """
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        names = ("Q_A", "Q_S", "eigenvalues_A", "eigenvalues_S", "Lambda")
-        Q_A, Q_S, eigenvalues_A, eigenvalues_S, Lambda = (tensors.pop(name) for name in names)
-        basis = Eigenbasis(Q_A, Q_S, eigenvalues_A, eigenvalues_S)
-        o, i = Lambda.shape
-        shapes = {"Q_A": (i, i), "Q_S": (o, o), "eigenvalues_A": (i,), "eigenvalues_S": (o,)}
-        for name, shape in shapes.items():
-            if getattr(basis, name).shape != shape:
-                raise ValueError(f"{name} must be {shape} beside Lambda {(o, i)}, got {tuple(arrays[name].shape)}")
-        dtypes = {name: tensor.dtype for name, tensor in [*vars(basis).items(), ("Lambda", Lambda)]}
-        if set(dtypes.values()) != {torch.float32}:
-            raise ValueError(f"basis and Lambda must be float32, got {dtypes}")
+        basis = _basis_of(tensors, structure)
+        Lambda = tensors.pop("Lambda")
+        if Lambda.shape != basis.shape or Lambda.dtype != torch.float32:
+            raise ValueError(f"Lambda must be float32 {basis.shape}, got {Lambda.dtype} {tuple(Lambda.shape)}")
         return cls(basis, Lambda, codec_from_config(codec_id, config, tensors, basis))
 
     def precondition(self, query: LayerGradient, curvature: Curvature, damping: Damping) -> Tensor:
@@ -81,3 +76,27 @@ class ScoredLayer:
         """Grad L_n^T (G + damping)^-1 grad L_n of each row, shape [n]."""
         inverse = curvature.inverse_eigenvalues(self.basis, self.Lambda, damping)
         return self.codec.quadratic(inverse, self.basis, arrays)
+
+
+def _basis_of(tensors: dict[str, Tensor], structure: KroneckerStructure) -> Eigenbasis:
+    """Take the basis out of a layer's arrays; it has eigenvectors just where the structure says."""
+    values = {side: tensors.pop(f"eigenvalues_{side}") for side in "AS"}
+    o, i = values["S"].numel(), values["A"].shape[-1]
+    Q = {side: tensors.pop(f"Q_{side}", None) for side in "AS"}
+    expected = {
+        "A": structure.inputs_shape((o, i)) if structure.full_A else None,
+        "S": structure.outputs_shape((o, i)) if structure.full_S else None,
+    }
+    diagonal = KroneckerStructure(structure.groups, full_A=False, full_S=False)
+    sizes = {"A": diagonal.inputs_shape((o, i)), "S": diagonal.outputs_shape((o, i))}
+    for side in "AS":
+        vectors = Q[side]
+        found = None if vectors is None else tuple(vectors.shape)
+        if found != expected[side] or tuple(values[side].shape) != sizes[side]:
+            raise ValueError(
+                f"Q_{side} and eigenvalues_{side} must be {expected[side]} and {sizes[side]}, "
+                f"got {found} and {tuple(values[side].shape)}"
+            )
+        if {tensor.dtype for tensor in (vectors, values[side]) if tensor is not None} != {torch.float32}:
+            raise ValueError(f"Q_{side} and eigenvalues_{side} must be float32")
+    return Eigenbasis(Q["A"], Q["S"], values["A"], values["S"])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import LayerError, RowIndexError
-from lightning_influence.gradients import LayerGradient
-from lightning_influence.layers import GradientCapture, TrackedLayer
+from lightning_influence.gradients import FactoredGradient, LayerGradient, RowGradient
+from lightning_influence.layers import GradientCapture, TrackedLayer, UseShape
 from lightning_influence.losses import LossScale, LossTap, declared_scale
 
 LossKind = Literal["auto", "mean", "sum"]
@@ -117,9 +117,13 @@ class StepCapture:
         """Layers of which no call took part in a backward."""
         return self._hooks.unseen
 
-    def raw_gradients(self) -> dict[str, LayerGradient]:
-        """Gradients of the layers that were seen, as back-propagated, no scale divided out."""
-        return self._hooks.gradients()
+    def shapes(self) -> dict[str, list[UseShape]]:
+        """What the output gradients of each layer's uses looked like, in the order of the backward."""
+        return self._hooks.shapes()
+
+    def raw_calls(self) -> tuple[dict[str, list[LayerGradient]], dict[str, str]]:
+        """Gradients of each use of the layers that were seen, as back-propagated, and why others have none."""
+        return self._hooks.calls()
 
     def gradients(self, n: int | None = None, *, backpropagated_factor: float = 1.0) -> StepGradients:
         """Per-example gradients after the backward; forgets the step.
@@ -134,7 +138,7 @@ class StepCapture:
             LayerError: if no layer was seen.
             RowIndexError: if a layer's rows are not the batch's n examples.
         """
-        raw = self.raw_gradients()
+        raw = self._hooks.gradients()
         if not raw:
             raise LayerError(
                 f"None of the {len(self.layers)} tracked layers took part in a backward; they are: "
@@ -144,8 +148,11 @@ class StepCapture:
         for name, gradient in raw.items():
             _check_rows(name, gradient, n)
         scale = self._scale(n, backpropagated_factor)
+        nearest = self.layers.get(self._hooks.nearest_to_loss)
+        if nearest is not None and nearest.batch_dim != 0:
+            scale = scale.of_positions_first()
         gradients = {
-            name: _rescaled(raw[name], scale.factor) if name in raw else _zeros(layer, n, scale.losses)
+            name: raw[name].rescaled(scale.factor) if name in raw else _zeros(layer, n, scale.losses)
             for name, layer in self.layers.items()
         }
         self.clear()
@@ -165,23 +172,17 @@ class StepCapture:
 def _check_rows(name: str, gradient: LayerGradient, n: int) -> None:
     if len(gradient) != n:
         raise RowIndexError(
-            f"Layer {name!r} saw {len(gradient)} rows in a batch of {n} examples. Its inputs must be "
-            "[n, ..., in_features], one row an example; leave the layer out with `layers=`, or, if a "
+            f"Layer {name!r} saw {len(gradient)} rows in a batch of {n} examples. Its inputs must have one row "
+            "an example; leave the layer out with `layers=`, or, if a "
             "batch holds other rows than the sampler's indices say, pass `index_fn=`."
         )
-
-
-def _rescaled(gradient: LayerGradient, factor: Tensor) -> LayerGradient:
-    """A float32 copy with each example's factor (scalar or [n]) on its output gradients."""
-    factor = factor.float().to(gradient.output_grads.device)
-    return LayerGradient(
-        gradient.inputs.to(torch.float32, copy=True),
-        gradient.output_grads.float() * (factor if factor.ndim == 0 else factor[:, None, None]),
-    )
 
 
 def _zeros(layer: TrackedLayer, n: int, like: Tensor) -> LayerGradient:
     """The gradient of a layer that the step did not use."""
     o, i = layer.shape
+    if layer.adapter.is_table:
+        rows = torch.zeros(n, 1, dtype=torch.int64, device=like.device)
+        return RowGradient(o, rows, torch.zeros(n, 1, i, device=like.device))
     zeros = torch.zeros(n, 1, i + o, device=like.device)
-    return LayerGradient(zeros[..., :i], zeros[..., i:])
+    return FactoredGradient(zeros[..., :i], zeros[..., i:])

@@ -1,4 +1,7 @@
-"""One epoch of a plain PyTorch loop with capture, as someone without Lightning would write it."""
+"""One epoch of a plain PyTorch loop with capture, as someone without Lightning would write it.
+
+Of `nn.Linear` layers, which the dense references know.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from lightning_influence.recorder import Recorder
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import StepCapture, StepGradients
 from lightning_influence.store import StoreReader
+from tests.reference.gradients import linear_layer_names
 from tests.reference.models import Example
 
 STORE_ID = "plain-loop-0001"
@@ -26,7 +30,7 @@ STORE_ID = "plain-loop-0001"
 
 def capture_step(model: nn.Module, examples: Sequence[Example]) -> StepGradients:
     """Forward and backward of one batch with mean cross-entropy."""
-    tracked, _ = track_layers(model)
+    tracked, _ = track_layers(model, linear_layer_names(model))
     inputs = torch.stack([x for x, _ in examples])
     targets = torch.stack([y for _, y in examples])
     with StepCapture(tracked) as capture:
@@ -41,7 +45,7 @@ def query_gradients(model: nn.Module, examples: Sequence[Example]) -> dict[str, 
 
 
 def make_plans(model: nn.Module, examples: Sequence[Example], codec: str) -> dict[str, LayerPlan]:
-    tracked, _ = track_layers(model)
+    tracked, _ = track_layers(model, linear_layer_names(model))
     return plan_layers(tracked, capture_step(model, examples).gradients, codec)  # type: ignore[arg-type]
 
 
@@ -75,7 +79,7 @@ def train_epoch(
 def finish(recorder: Recorder, model: nn.Module) -> dict[str, ScoredLayer]:
     """Put the file into place; returns its factors."""
     layers = recorder.factors()
-    _, coverage = track_layers(model)
+    _, coverage = track_layers(model, linear_layer_names(model))
     recorder.finish(layers, attributes={}, documents={"coverage": coverage.to_builtins(), "loss": recorder.loss})
     return layers
 

@@ -106,6 +106,23 @@ def test_each_damping_is_answered_from_the_same_file(
     close(recorded.scores(asked, damping=value, curvature=curvature), expected, share=1e-3)
 
 
+def test_scores_by_layer_add_up_to_the_scores(recorded: InfluenceQuery, asked: dict) -> None:
+    by_layer = recorded.scores_by_layer(asked, curvature="kfac")
+    assert list(by_layer) == ["first", "last"]
+    assert not torch.equal(by_layer["first"], by_layer["last"])
+    torch.testing.assert_close(sum(by_layer.values()), recorded.scores(asked, curvature="kfac"))
+
+
+def test_a_layer_of_the_scores_is_that_layers_reference(recorded: InfluenceQuery, asked: dict) -> None:
+    data, queries = classification_examples(N), classification_examples(3, seed=9)
+    for name, found in recorded.scores_by_layer(asked).items():
+        curvature = ekfac_curvature(heuristic_damping(0.1))
+        expected = reference_scores(
+            seeded_classifier(), data, queries, classification_loss, [name], curvature=curvature
+        )
+        close(found, expected, 5e-6)
+
+
 def test_the_same_query_twice_gives_the_same_bits(recorded: InfluenceQuery, asked: dict) -> None:
     first = recorded.scores(asked)
     recorded.scores(asked, damping=1e-3)
@@ -313,6 +330,11 @@ DOCUMENTS: dict[str, Change] = {
     "text-positions": lambda d, f, docs: put(d, 0, "config", "positions", value="many"),
     "other-dtype": lambda d, f, docs: put(d, 0, "config", "dtype", value="float16"),
     "unknown-dtype": lambda d, f, docs: put(d, 0, "config", "dtype", value="int4"),
+    "other-structure": lambda d, f, docs: put(d, 0, "structure", value={"groups": 2}),
+    "diagonal-structure": lambda d, f, docs: put(d, 0, "structure", value={"full_A": False}),
+    "unknown-structure": lambda d, f, docs: put(d, 0, "structure", value={"sides": 2}),
+    "null-structure": lambda d, f, docs: put(d, 0, "structure", value=None),
+    "zero-groups": lambda d, f, docs: put(d, 0, "structure", value={"groups": 0}),
     "list-dtype": lambda d, f, docs: put(d, 0, "config", "dtype", value=["int8"]),
 }
 

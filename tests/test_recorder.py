@@ -10,7 +10,7 @@ import torch
 
 from lightning_influence import recorder as recorder_module
 from lightning_influence.errors import CaptureError
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient
 from lightning_influence.layer_record import plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
@@ -335,7 +335,7 @@ def test_an_unknown_codec_is_refused() -> None:
 def test_a_layer_that_a_step_did_not_use_has_zero_rows(tmp_path: Path) -> None:
     model, examples = seeded_classifier(), classification_examples(4)
     step = capture_step(model, examples)
-    unused = LayerGradient(torch.zeros(4, 1, 6), torch.zeros(4, 1, 4))
+    unused = FactoredGradient(torch.zeros(4, 1, 6), torch.zeros(4, 1, 4))
     step.gradients["first"] = unused
     recorder = Recorder(
         tmp_path / "run.h5",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.codecs.base import Codec, register_codec
+from lightning_influence.functional.eigenvalues import moments_and_coordinates
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.quantize import (
     GROUP,
@@ -49,9 +50,9 @@ class EigenCodec(Codec):
                 "`coordinates` and `whitening` must be [k] with k >= 1, got "
                 f"{tuple(coordinates.shape)} and {tuple(whitening.shape)}"
             )
-        if coordinates.dtype != torch.int64 or whitening.dtype != basis.Q_A.dtype:
+        if coordinates.dtype != torch.int64 or whitening.dtype != basis.dtype:
             raise ValueError(
-                f"`coordinates` must be int64 and `whitening` {basis.Q_A.dtype}, "
+                f"`coordinates` must be int64 and `whitening` {basis.dtype}, "
                 f"got {coordinates.dtype} and {whitening.dtype}"
             )
         if coordinates.min() < 0 or coordinates.max() >= o * i:
@@ -66,7 +67,10 @@ class EigenCodec(Codec):
 
     def encode(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """Rotate, select, whiten, round."""
-        kept = self.basis.rotate(gradient).flatten(1)[:, self.coordinates]
+        return self.encode_coordinates(moments_and_coordinates(gradient, self.basis, self.coordinates)[1])
+
+    def encode_coordinates(self, kept: Tensor) -> dict[str, Tensor]:
+        """The arrays of coordinates [n, k] that were selected already."""
         codes, scales = quantize_int8(kept / self.whitening)
         return {"codes": codes, "scales": scales}
 

@@ -11,20 +11,16 @@ itself or 3e-8 of its row's largest; `float32` is exact.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lightning_influence.codecs.base import Codec, register_codec
 from lightning_influence.functional import quantize
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.products import inner_products, weighted_squares
-from lightning_influence.gradients import LayerGradient
-
-PairsDtype = Literal["int8", "float16", "float32"]
-_NUMPY = {"int8": "i1", "float16": "f2", "float32": "f4"}
+from lightning_influence.functional.quantize import RowDtype
+from lightning_influence.gradients import FactoredGradient, LayerGradient
 
 
 @register_codec
@@ -46,10 +42,9 @@ class PairsCodec(Codec):
         *,
         positions: int = 1,
         has_bias: bool,
-        dtype: PairsDtype = "int8",
+        dtype: RowDtype = "int8",
     ) -> None:
-        if dtype not in _NUMPY:
-            raise ValueError(f"`dtype` must be one of {sorted(_NUMPY)}, got {dtype!r}")
+        quantize.check_dtype(dtype)
         if min(*shape, positions) < 1 or shape[1] - has_bias < 1:
             raise ValueError(f"`shape` and `positions` must be positive, got {shape} and {positions}")
         self.shape, self.positions, self.has_bias, self.dtype = shape, positions, has_bias, dtype
@@ -57,53 +52,35 @@ class PairsCodec(Codec):
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """`inputs`, `output_grads` and, unless float32, their scales."""
         o, i = self.shape
-        specs: dict[str, tuple[tuple[int, ...], str]] = {}
-        for name, width in (("inputs", i - self.has_bias), ("output_grads", o)):
-            specs[name] = ((self.positions, width), _NUMPY[self.dtype])
-            if self.dtype != "float32":
-                scales = quantize.group_count(width) if self.dtype == "int8" else 1
-                specs[f"{name}_scales"] = ((self.positions, scales), "f4")
-        return specs
+        inputs = quantize.rounded_arrays("inputs", (self.positions, i - self.has_bias), self.dtype)
+        return inputs | quantize.rounded_arrays("output_grads", (self.positions, o), self.dtype)
 
     def encode(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """Round the pairs.
 
         Raises:
-            ValueError: if there are more positions than the codec was made for.
+            ValueError: if there are more positions than the codec was made for, or no outer products.
         """
-        missing = self.positions - gradient.positions
-        if missing < 0:
+        if not isinstance(gradient, FactoredGradient):
+            raise ValueError(f"{type(gradient).__name__} has no pairs; pass `codec='eigen'`")
+        if gradient.positions > self.positions:
             raise ValueError(f"{gradient.positions} positions, but rows were laid out for {self.positions}")
+        if gradient.positions < self.positions:
+            gradient = gradient.padded(self.positions)
         inputs = gradient.inputs[..., :-1] if self.has_bias else gradient.inputs
-        arrays: dict[str, Tensor] = {}
-        for name, values in (("inputs", inputs), ("output_grads", gradient.output_grads)):
-            padded = pad(values, (0, 0, 0, missing)) if missing else values
-            if self.dtype == "float32":
-                arrays[name] = padded.float()
-            else:
-                round_ = quantize.quantize_int8 if self.dtype == "int8" else quantize.quantize_float16
-                arrays[name], arrays[f"{name}_scales"] = round_(padded)
-        return arrays
+        rounded = quantize.round_rows("inputs", inputs, self.dtype)
+        return rounded | quantize.round_rows("output_grads", gradient.output_grads, self.dtype)
 
-    def decode_factors(self, arrays: Mapping[str, Tensor]) -> LayerGradient:
+    def decode_gradient(self, arrays: Mapping[str, Tensor]) -> FactoredGradient:
         """The gradients as they are stored, in factors."""
-        inputs, output_grads = (
-            self._decoded(arrays, "inputs"),
-            self._decoded(arrays, "output_grads"),
-        )
-        if self.has_bias:
-            inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=-1)
-        return LayerGradient(inputs, output_grads)
-
-    def _decoded(self, arrays: Mapping[str, Tensor], name: str) -> Tensor:
-        if self.dtype == "float32":
-            return arrays[name]
-        restore = quantize.dequantize_int8 if self.dtype == "int8" else quantize.dequantize_float16
-        return restore(arrays[name], arrays[f"{name}_scales"])
+        inputs = quantize.restore_rows("inputs", arrays, self.dtype)
+        output_grads = quantize.restore_rows("output_grads", arrays, self.dtype)
+        gradient = FactoredGradient(inputs, output_grads)
+        return gradient.with_ones() if self.has_bias else gradient
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradients [n, o, i]."""
-        return self.decode_factors(arrays).dense()
+        return self.decode_gradient(arrays).dense()
 
     def project(self, coordinates: Tensor, basis: Eigenbasis) -> Tensor:
         """Queries [q, o, i] in the layer's own coordinates."""
@@ -111,11 +88,11 @@ class PairsCodec(Codec):
 
     def scores(self, projected: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """<query, sum_s d a^T>, shape [q, n]."""
-        return inner_products(self.decode_factors(arrays), projected)
+        return inner_products(self.decode_gradient(arrays), projected)
 
     def quadratic(self, weights: Tensor, basis: Eigenbasis, arrays: Mapping[str, Tensor]) -> Tensor:
         """Weighted squares of the rotated gradients, shape [n]."""
-        return weighted_squares(basis.rotate_factors(self.decode_factors(arrays)), weights)
+        return weighted_squares(basis.rotate_factors(self.decode_gradient(arrays)), weights)
 
     def get_config(self) -> dict[str, Any]:
         """Positions, bias and dtype; the shape is the basis's."""

@@ -21,13 +21,13 @@ class EKFAC:
 class KFAC:
     """K-FAC: 1 / (eigenvalues of S times eigenvalues of A + damping).
 
-    Martens & Grosse 2015, arXiv:1503.05671; damped as a whole, not factor by factor.
+    Martens & Grosse 2015, arXiv:1503.05671; damped as a whole, not factor by factor. A block that is
+    diagonal anyway, as a normalization's, has no factors and keeps Lambda.
     """
 
     def inverse_eigenvalues(self, basis: Eigenbasis, Lambda: Tensor, damping: Damping) -> Tensor:
         """Eigenvalues of the damped inverse, shape [o, i]."""
-        products = torch.outer(basis.eigenvalues_S, basis.eigenvalues_A)
-        return _invert(products, damping)
+        return _invert(Lambda if basis.is_diagonal else basis.eigenvalue_products(), damping)
 
 
 class Identity:

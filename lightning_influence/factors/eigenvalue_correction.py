@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.factors.base import SumMetric
-from lightning_influence.functional.eigenvalues import second_moment_sum
+from lightning_influence.functional.eigenvalues import moments_and_coordinates, second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.gradients import LayerGradient
 
@@ -32,6 +32,21 @@ class EigenvalueCorrection(SumMetric):
         """Add a batch of finite per-example gradients."""
         self.squares += second_moment_sum(gradient, self.basis)
         self.examples += len(gradient)
+
+    def update_and_select(self, gradient: LayerGradient, kept: Tensor) -> Tensor:
+        """Add a batch, and return some of its coordinates, which are made only once.
+
+        Args:
+            gradient: of n examples.
+            kept: int64 [k], places in the flattened [o, i].
+
+        Returns:
+            Shape [n, k].
+        """
+        squares, coordinates = moments_and_coordinates(gradient, self.basis, kept)
+        self.squares += squares
+        self.examples += len(gradient)
+        return coordinates
 
     def compute(self) -> Tensor:
         """Lambda [o, i] over everything seen."""

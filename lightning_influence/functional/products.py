@@ -1,24 +1,26 @@
-"""Inner products of factored gradients with matrices, without ever making the gradients whole."""
+"""Inner products of gradients with matrices, in the form in which they are cheapest."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lightning_influence.functional.eigenvalues import CHUNK_ELEMENTS
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import CHUNK_ELEMENTS, FactoredGradient, LayerGradient
 
 
 def inner_products(gradient: LayerGradient, matrices: Tensor) -> Tensor:
     """<matrices_q, G_n> for all pairs, shape [q, n].
 
-    One matrix product of n s q o i multiply-adds; what it holds at a time is the smaller of
-    [n s, q o] and [n s, q i], in chunks of examples of at most 64 MB.
+    For factored gradients one matrix product of n s q o i multiply-adds; what it holds at a time is
+    the smaller of [n s, q o] and [n s, q i], in chunks of examples of at most 64 MB.
 
     Args:
         gradient: n examples.
         matrices: shape [q, o, i].
     """
+    if not isinstance(gradient, FactoredGradient):
+        parts = [matrices.flatten(1) @ dense.flatten(1).T for _, dense in gradient.dense_chunks()]
+        return torch.cat(parts, dim=1) if parts else matrices.new_zeros(len(matrices), 0)
     q, o, i = matrices.shape
     left, right = gradient.output_grads, gradient.inputs
     if o < i:  # contract the longer side first
@@ -35,12 +37,8 @@ def inner_products(gradient: LayerGradient, matrices: Tensor) -> Tensor:
 
 def weighted_squares(gradient: LayerGradient, weights: Tensor) -> Tensor:
     """sum_oi weights_oi (G_n)_oi^2 for each example, shape [n]; weights have the shape [o, i]."""
-    if gradient.positions == 1:
+    if isinstance(gradient, FactoredGradient) and gradient.positions == 1:
         squares = gradient.output_grads[:, 0].square() @ weights  # [n, i]
         return (squares * gradient.inputs[:, 0].square()).sum(-1)
-    chunk = max(1, CHUNK_ELEMENTS // weights.numel())
-    parts = [
-        (gradient[start : start + chunk].dense().square() * weights).sum((1, 2))
-        for start in range(0, len(gradient), chunk)
-    ]
+    parts = [(dense.square() * weights).sum((1, 2)) for _, dense in gradient.dense_chunks()]
     return torch.cat(parts) if parts else weights.new_zeros(0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
 INT8_MAX = 127
+RowDtype = Literal["int8", "float16", "float32"]
+_NUMPY = {"int8": "i1", "float16": "f2", "float32": "f4"}
 
 
 def group_count(width: int) -> int:
@@ -60,3 +65,38 @@ def quantize_float16(values: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_float16(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 values [..., d] of codes [..., d] and scales [..., 1]."""
     return codes.float() * scales
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what rows cannot be rounded to.
+
+    Raises:
+        ValueError: unless it is "int8", "float16" or "float32".
+    """
+    if dtype not in get_args(RowDtype):
+        raise ValueError(f"`dtype` must be one of {sorted(get_args(RowDtype))}, got {dtype!r}")
+
+
+def rounded_arrays(name: str, shape: tuple[int, ...], dtype: RowDtype) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and NumPy dtype of the arrays that `round_rows` makes of rows of this shape."""
+    arrays = {name: (shape, _NUMPY[dtype])}
+    if dtype != "float32":
+        scales = group_count(shape[-1]) if dtype == "int8" else 1
+        arrays[f"{name}_scales"] = ((*shape[:-1], scales), "f4")
+    return arrays
+
+
+def round_rows(name: str, values: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
+    """Values [..., d] as the array `name` and, unless float32, their `<name>_scales`."""
+    if dtype == "float32":
+        return {name: values.float()}
+    codes, scales = quantize_int8(values) if dtype == "int8" else quantize_float16(values)
+    return {name: codes, f"{name}_scales": scales}
+
+
+def restore_rows(name: str, arrays: Mapping[str, Tensor], dtype: RowDtype) -> Tensor:
+    """The float32 values [..., d] of the arrays of `round_rows`."""
+    if dtype == "float32":
+        return arrays[name]
+    restore = dequantize_int8 if dtype == "int8" else dequantize_float16
+    return restore(arrays[name], arrays[f"{name}_scales"])

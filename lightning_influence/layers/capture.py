@@ -10,25 +10,56 @@ in-place ReLU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_influence.errors import LayerError
-from lightning_influence.gradients import LayerGradient
-from lightning_influence.layers.coverage import TrackedLayer
+from lightning_influence.gradients import LayerGradient, add_calls
+from lightning_influence.layers.base import LayerCall
+from lightning_influence.layers.linear import LinearAdapter
+from lightning_influence.layers.tracked import LinearUse, Source, TrackedLayer
+from lightning_influence.layers.uses import WeightUses
 
 
-class _Call(NamedTuple):
-    layer_input: Tensor
-    output_grad: Tensor
-    is_intact: bool  # the input is as the forward saw it
+class UseShape(NamedTuple):
+    """The shape of an output gradient, and which of its dimensions counts examples (None: not known)."""
+
+    shape: tuple[int, ...]
+    batch_dim: int | None
+
+
+@dataclass
+class _Use:
+    """A use of a layer's matrix whose gradient has arrived.
+
+    Args:
+        use: what the layer makes a gradient of.
+        is_intact: the inputs are as the forward saw them.
+    """
+
+    use: LinearUse | tuple[int, LayerCall]
+    is_intact: bool
+
+
+class _Seen:
+    """A forward's tensors, detached, and whether they stay as they are."""
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
+        self._versions = [value._version for value in self.values if isinstance(value, Tensor)]
+
+    @property
+    def is_intact(self) -> bool:
+        return self._versions == [value._version for value in self.values if isinstance(value, Tensor)]
 
 
 class GradientCapture:
-    """Context manager: records (input, output gradient) for every call of the tracked layers.
+    """Context manager: records (input, output gradient) for every use of the tracked layers' weights.
 
     Nothing is attached to a module outside the `with` block, and nothing that the hooks do can
     raise or change a gradient. A layer called several times contributes the sum of its calls, as
@@ -37,20 +68,34 @@ class GradientCapture:
     Attributes:
         is_open: whether gradients that flow now are recorded. Closed outside of the real backward, it
             leaves out inner ones (adversarial examples, other callbacks' gradients).
+        nearest_to_loss: the layer whose gradient came first; "" before the backward.
     """
 
     def __init__(self, layers: Mapping[str, TrackedLayer]) -> None:
         self.layers = layers
         self.is_open = True
-        self._records: dict[str, list[_Call]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.nearest_to_loss = ""
+        self._records: dict[str, list[_Use]] = {}
+        self._active = ExitStack()
+        self._uses: WeightUses | None = None
 
     def __enter__(self) -> GradientCapture:
-        self._remove()
+        self._active.close()
+        self.nearest_to_loss = ""
         self._records = {name: [] for name in self.layers}
-        for name, layer in self.layers.items():
-            hook = self._forward_hook(layer.module, self._records[name])
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        with ExitStack() as entered:
+            for name, layer in self.layers.items():
+                for number, source in enumerate(layer.sources):
+                    if source.adapter.is_called and not self._is_seen_by_use(layer, source):
+                        hook = self._forward_hook(source.module, number, name)
+                        handle = source.module.register_forward_hook(hook, with_kwargs=True)
+                        entered.callback(handle.remove)
+            self._uses = (
+                WeightUses(self.layers, self._record_linear) if WeightUses.are_needed(self.layers) else None
+            )
+            if self._uses is not None:
+                entered.enter_context(self._uses)
+            self._active = entered.pop_all()
         return self
 
     def __exit__(
@@ -59,26 +104,45 @@ class GradientCapture:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._active.close()
 
     def clear(self) -> None:
         """Forget the records, so that a step's activations can be freed."""
         self._records = {}
+        if self._uses is not None:
+            self._uses.clear()
 
     @property
     def unseen(self) -> list[str]:
-        """Layers of which no call took part in a backward."""
+        """Layers of which no use took part in a backward."""
         return [name for name in self.layers if not self._records.get(name)]
 
     @property
     def changed(self) -> list[str]:
         """Layers whose input was changed in place before the backward; theirs cannot be known."""
-        return [name for name in self.layers if not all(c.is_intact for c in self._records.get(name, ()))]
+        return [name for name in self.layers if not all(use.is_intact for use in self._records.get(name, ()))]
+
+    def shapes(self) -> dict[str, list[UseShape]]:
+        """What the output gradients of each layer's uses looked like, in the order of the backward."""
+        return {
+            name: [_shape_of(record.use) for record in self._records[name]]
+            for name in self.layers
+            if self._records.get(name)
+        }
+
+    def calls(self) -> tuple[dict[str, list[LayerGradient]], dict[str, str]]:
+        """Gradients of each use by itself, and by layer why they cannot be had.
+
+        Their sums over the rows are right even before it is known which dimension counts examples.
+        """
+        calls, failures = {}, {}
+        for name in self.layers:
+            if self._records.get(name):
+                try:
+                    calls[name] = [self.layers[name].gradient(record.use) for record in self._records[name]]
+                except LayerError as error:
+                    failures[name] = str(error)
+        return calls, failures
 
     def gradients(self) -> dict[str, LayerGradient]:
         """Gradients as back-propagated (no scale divided out) of every layer that was seen.
@@ -90,46 +154,86 @@ class GradientCapture:
 
     def _gradient(self, name: str) -> LayerGradient:
         layer, records = self.layers[name], self._records[name]
-        if not all(call.is_intact for call in records):
+        if not all(record.is_intact for record in records):
             raise LayerError(
                 f"Layer {name!r}: its input was changed in place between forward and backward, so its gradients "
                 "are not known; change a copy, or leave the layer out with `layers=`."
             )
         try:
-            calls = [layer.gradient(call.layer_input, call.output_grad) for call in records]
+            calls = [layer.gradient(record.use) for record in records]
         except LayerError as error:
             raise LayerError(f"Layer {name!r}: {error}") from error
-        if len(calls) == 1:
-            return calls[0]
         if len({len(call) for call in calls}) > 1:
             raise LayerError(
                 f"Layer {name!r} was called {len(calls)} times in one step with different numbers of "
                 f"rows: {[len(call) for call in calls]}; rows must be the batch's examples in every call."
             )
-        return LayerGradient(
-            torch.cat([call.inputs for call in calls], dim=1),
-            torch.cat([call.output_grads for call in calls], dim=1),
-        )
+        return add_calls(calls)
 
-    def _forward_hook(self, tracked: nn.Module, records: list[_Call]) -> Callable[..., None]:
+    def _forward_hook(self, tracked: nn.Module, number: int, name: str) -> Callable[..., None]:
+        records = self._records[name]
+
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             if module is not tracked:  # a copy of the model that was made meanwhile has the hook too
                 return
             if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
                 return
-            layer_input = next(iter((*args, *kwargs.values())), None)
-            if not isinstance(layer_input, Tensor):
+            if not isinstance(next(iter((*args, *kwargs.values())), None), Tensor):
                 return  # such a layer is reported as unseen
             with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
-                seen, version, shape = layer_input.detach(), layer_input._version, output.shape
+                seen = _Seen((*args, *kwargs.values()))
+                is_broadcast = False
 
-                def record(grad: Tensor) -> None:  # a hook that returns a tensor would replace the gradient
-                    if self.is_open:
-                        records.append(_Call(seen, grad.detach().reshape(shape), seen._version == version))
+                def record(grad: Tensor) -> None:
+                    values = seen.values
+                    call = LayerCall(
+                        values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True)), grad
+                    )
+                    records.append(_Use((number, call), seen.is_intact))
 
-                _in_graph(output).register_hook(record)
+                def on_broadcast(result: Tensor) -> None:
+                    nonlocal is_broadcast
+                    is_broadcast = True
+                    self._on_gradient(name, result, record)
+
+                self._on_gradient(name, output, lambda grad: None if is_broadcast else record(grad))
+                if self._uses is not None:
+                    self._uses.watch(output, on_broadcast)
 
         return hook
+
+    @staticmethod
+    def _is_seen_by_use(layer: TrackedLayer, source: Source) -> bool:
+        """Whether the module's call is one of `F.linear` that `WeightUses` sees."""
+        return not layer.calls_are_all and isinstance(source.adapter, LinearAdapter)
+
+    def _record_linear(
+        self, name: str, layer_input: Tensor, output: Tensor, first_row: int, has_bias: bool, batch_dim: int | None
+    ) -> None:
+        """Expect the gradient of an `F.linear`'s output; its leading dimensions become those of the input."""
+        seen, records, leading = _Seen((layer_input,)), self._records[name], layer_input.shape[:-1]
+
+        def record(grad: Tensor) -> None:
+            grad = grad.reshape(*leading, grad.shape[-1])
+            records.append(_Use(LinearUse(seen.values[0], grad, first_row, has_bias, batch_dim), seen.is_intact))
+
+        self._on_gradient(name, output, record)
+
+    def _on_gradient(self, name: str, output: Tensor, record: Callable[[Tensor], None]) -> None:
+        shape = output.shape
+
+        def hook(grad: Tensor) -> None:  # a hook that returns a tensor would replace the gradient
+            if self.is_open:
+                self.nearest_to_loss = self.nearest_to_loss or name
+                record(grad.detach().reshape(shape))
+
+        _in_graph(output).register_hook(hook)
+
+
+def _shape_of(use: LinearUse | tuple[int, LayerCall]) -> UseShape:
+    if isinstance(use, LinearUse):
+        return UseShape(tuple(use.output_grad.shape), use.batch_dim)
+    return UseShape(tuple(use[1].output_grad.shape), None)
 
 
 def _in_graph(output: Tensor) -> Tensor:

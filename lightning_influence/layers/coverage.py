@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_influence.errors import LayerError
-from lightning_influence.gradients import LayerGradient
-from lightning_influence.layers.base import LayerAdapter, find_adapter
-
-NOT_CHOSEN = "not named in `layers`"
-
-
-@dataclass(frozen=True)
-class TrackedLayer:
-    """A module, the adapter that knows its gradients, and what of it they cover.
-
-    Args:
-        module: the layer.
-        adapter: for its type.
-        has_bias: whether the gradient's last column is that of a trainable bias.
-    """
-
-    module: nn.Module
-    adapter: LayerAdapter
-    has_bias: bool
-
-    def of_copy(self, module: nn.Module) -> TrackedLayer:
-        """The same layer in a copy of the model."""
-        return replace(self, module=module)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The gradient's shape (o, i), the bias's column included."""
-        o, i = self.adapter.shape(self.module)
-        return o, i + self.has_bias
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The covered parameters, by their names in the module."""
-        names = ("weight", "bias") if self.has_bias else ("weight",)
-        return {name: self.module.get_parameter(name) for name in names}
-
-    def gradient(self, layer_input: Tensor, output_grad: Tensor) -> LayerGradient:
-        """Per-example gradients of one call of the module."""
-        gradient = self.adapter.gradient(self.module, layer_input, output_grad)
-        if not self.has_bias:
-            return gradient
-        ones = gradient.inputs.new_ones(*gradient.inputs.shape[:2], 1)
-        return LayerGradient(torch.cat([gradient.inputs, ones], dim=-1), gradient.output_grads)
+from lightning_influence.layers.base import find_adapters
+from lightning_influence.layers.discovery import find_layers
+from lightning_influence.layers.reasons import NOT_CHOSEN
+from lightning_influence.layers.tracked import TrackedLayer
 
 
 @dataclass(frozen=True)
@@ -94,11 +54,25 @@ class Coverage:
         """The modules with parameters that are not attributed."""
         return tuple(layer for layer in self.layers if layer.reason)
 
-    def without(self, reasons: dict[str, str]) -> Coverage:
-        """The report after some of the layers turned out not to be attributable."""
+    def without(self, layers: Mapping[str, TrackedLayer], reasons: Mapping[str, str]) -> Coverage:
+        """The report after some of the layers turned out not to be attributable.
+
+        Args:
+            layers: by name, those that are counted as covered.
+            reasons: by name, why some of them are not.
+        """
+        lost, why = Counter[str](), defaultdict[str, list[str]](list)
+        for name, reason in reasons.items():
+            for module, elements in _elements(layers[name]):
+                lost[module] += elements
+                why[module].append(reason)
         return Coverage(
             tuple(
-                replace(layer, covered=0, reason=reasons[layer.name]) if layer.name in reasons else layer
+                replace(
+                    layer,
+                    covered=layer.covered - lost[layer.name],
+                    reason="; ".join(dict.fromkeys([*filter(None, [layer.reason]), *why[layer.name]])),
+                )
                 for layer in self.layers
             )
         )
@@ -130,7 +104,8 @@ def track_layers(
     """Find the layers to attribute.
 
     Args:
-        model: any module; names are those of `model.named_modules()`.
+        model: any module; names are those of `model.named_modules()`. A module with several matrices has a
+            layer for each, as "attention.in_proj".
         patterns: names or glob patterns ("encoder.*"); None takes every supported layer.
 
     Raises:
@@ -138,69 +113,53 @@ def track_layers(
     """
     owners = {name: module for name, module in model.named_modules() if _own_parameters(module)}
     _check_patterns(patterns, owners)
-    shared = _shared_parameters(model)
-    total = sum(_count(module) for module in owners.values())
-    tracked: dict[str, TrackedLayer] = {}
-    reports = []
-    for name, module in owners.items():
-        adapter = find_adapter(module)
-        reason = _reason_against(name, module, adapter, patterns, shared, model)
-        covered = 0
-        if adapter is not None and not reason:
-            bias = getattr(module, "bias", None)
-            layer = TrackedLayer(module, adapter, bias is not None and bias.requires_grad)
-            tracked[name] = layer
-            covered = sum(parameter.numel() for parameter in layer.parameters.values())
-            left = [key for key, _ in _own_parameters(module) if key not in layer.parameters]
-            reason = f"{', '.join(left)}: not part of the layer's formula" if left else ""
-        reports.append(
-            LayerReport(name, type(module).__name__, _count(module), _count(module) / total, covered, reason)
-        )
-    coverage = Coverage(tuple(reports))
+    chosen = {n: m for n, m in owners.items() if patterns is None or any(fnmatchcase(n, p) for p in patterns)}
+    tracked, reasons = find_layers(chosen, model)
+    reasons |= dict.fromkeys(owners.keys() - chosen.keys(), NOT_CHOSEN)
+    coverage = Coverage(tuple(_reports(owners, tracked, reasons)))
     if not tracked:
         raise LayerError(f"No layer can be attributed:\n{coverage}")
     return tracked, coverage
 
 
-def _reason_against(
-    name: str,
-    module: nn.Module,
-    adapter: LayerAdapter | None,
-    patterns: Sequence[str] | None,
-    shared: set[int],
-    model: nn.Module,
-) -> str:
-    if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
-        return NOT_CHOSEN
-    if adapter is None:
-        return "this type of layer is not supported"
-    if not module.get_parameter("weight").requires_grad:
-        return "its weight is frozen"
-    if any(id(parameter) in shared for _, parameter in _own_parameters(module)):
-        return "a parameter is shared with another module"
-    if isinstance(_parent(name, model), nn.MultiheadAttention):
-        return "nn.MultiheadAttention uses its weight without calling it"
-    return ""
+def _reports(
+    owners: Mapping[str, nn.Module], tracked: Mapping[str, TrackedLayer], reasons: Mapping[str, str]
+) -> Iterator[LayerReport]:
+    """One report a module; a shared parameter is its first owner's."""
+    total = sum({id(p): p.numel() for module in owners.values() for _, p in _own_parameters(module)}.values())
+    covered = Counter[str]()
+    for layer in tracked.values():
+        for name, elements in _elements(layer):
+            covered[name] += elements
+    seen: set[int] = set()
+    for name, module in owners.items():
+        own = [(key, p) for key, p in _own_parameters(module) if id(p) not in seen]
+        seen |= {id(p) for _, p in own}
+        count = sum(p.numel() for _, p in own)
+        if not count:
+            continue
+        reason = "" if covered[name] == count else reasons.get(name) or _left_over(module, own)
+        yield LayerReport(name, type(module).__name__, count, count / total, covered[name], reason)
 
 
-def _parent(name: str, model: nn.Module) -> nn.Module | None:
-    return model.get_submodule(name.rpartition(".")[0]) if name else None
+def _elements(layer: TrackedLayer) -> Iterator[tuple[str, int]]:
+    """How many parameters the layer covers in which modules."""
+    yield layer.sources[0].name, layer.weight_elements
+    if layer.has_bias:
+        yield layer.bias_owner.name, layer.shape[0]
+
+
+def _left_over(module: nn.Module, own: list[tuple[str, nn.Parameter]]) -> str:
+    known = {n for adapter in find_adapters(module) for n in (adapter.weight_name, adapter.bias_name)}
+    left = [key for key, _ in own if key not in known] or [key for key, _ in own]
+    return f"{', '.join(left)}: not part of the layer's formula"
 
 
 def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(k, p) for k, p in module.named_parameters(recurse=False) if p.requires_grad]
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for _, parameter in _own_parameters(module))
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    owners = Counter(id(p) for module in model.modules() for _, p in _own_parameters(module))
-    return {parameter for parameter, count in owners.items() if count > 1}
-
-
-def _check_patterns(patterns: Sequence[str] | None, owners: dict[str, nn.Module]) -> None:
+def _check_patterns(patterns: Sequence[str] | None, owners: Mapping[str, nn.Module]) -> None:
     if isinstance(patterns, str):
         raise LayerError(f"`layers` must be a list of names or glob patterns, got the string {patterns!r}.")
     for pattern in patterns or ():

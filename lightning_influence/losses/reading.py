@@ -25,6 +25,7 @@ class LossReading:
         unreduced_constant: c as recorded: a scalar, or of the loss's shape.
         is_ignored: whether all positions of the example are ignored ones, shape [n].
         labels: one class per example if that is what the targets are, shape [n], int64.
+        is_flattened: whether the first dimension counts more than the examples, which are taken to be together.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LossReading:
     unreduced_constant: Tensor
     is_ignored: Tensor | None
     labels: Tensor | None
+    is_flattened: bool
 
     def __str__(self) -> str:
         return f"{self.name} (reduction {self.reduction!r}, count {self.count:g})"
@@ -69,7 +71,10 @@ def read_call(call: LossCall, n: int) -> LossReading:
         if reduction == "none":
             is_ignored = (target == arguments["ignore_index"]).reshape(n, -1).all(dim=1)
         labels = target.reshape(n).long() if target.numel() == n else None
-    return LossReading(call.name, reduction, count, losses, constant, unreduced_constant, is_ignored, labels)
+    is_flattened = values.ndim > 0 and len(values) > n
+    return LossReading(
+        call.name, reduction, count, losses, constant, unreduced_constant, is_ignored, labels, is_flattened
+    )
 
 
 def _resolve_reduction(arguments: Arguments, name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -38,12 +38,30 @@ class LossScale:
             calls their weighted sum. NaN where unknown.
         labels: the first call's class of each example, shape [n], int64, else None.
         describe: makes `description`, which is wanted of one step only.
+        is_flattened: whether the losses' first dimension counts positions too, of which those of an example
+            are taken to be together.
     """
 
     factor: Tensor
     losses: Tensor
     labels: Tensor | None
     describe: Callable[[], dict[str, object]]
+    is_flattened: bool = False
+
+    def of_positions_first(self) -> LossScale:
+        """The scale if positions come before examples, so that flattened losses are not those of examples.
+
+        Raises:
+            LossNotRecognizedError: if each position has a factor of its own.
+        """
+        if not self.is_flattened:
+            return self
+        if self.factor.ndim:
+            raise LossNotRecognizedError(
+                "Unreduced losses were flattened with positions first, so it is not known which of them are an "
+                "example's; put the batch first before the loss, or let the loss function reduce."
+            )
+        return replace(self, losses=torch.full_like(self.losses, math.nan))
 
     @property
     def description(self) -> dict[str, object]:
@@ -114,7 +132,8 @@ def scale_of_calls(calls: list[LossCall], n: int) -> LossScale:
     )
     if first.reduction == "none":
         losses = losses.where(factor.isfinite(), math.nan)
-    return LossScale(factor, losses.to(dtype), first.labels, partial(_describe, readings, weights))
+    is_flattened = any(reading.is_flattened for reading in readings)
+    return LossScale(factor, losses.to(dtype), first.labels, partial(_describe, readings, weights), is_flattened)
 
 
 def _counting(calls: list[LossCall]) -> list[LossCall]:

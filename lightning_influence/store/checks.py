@@ -23,7 +23,7 @@ from lightning_influence.store.schema import (
     FORMAT,
     MAX_ATTRIBUTE_BYTES,
     MAX_DOCUMENT_BYTES,
-    SCHEMA_VERSION,
+    READABLE_VERSIONS,
 )
 
 Attribute = bool | int | float | str
@@ -126,9 +126,9 @@ def _check_identity(attributes: dict[str, Attribute], path: str) -> None:
         )
     if type(version) is not int:
         raise _corrupt(path, "attribute `schema_version`", "an integer", repr(version))
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise SchemaVersionError(
-            f"{path} has schema version {version}, expected {SCHEMA_VERSION}; "
+            f"{path} has schema version {version}, expected one of {sorted(READABLE_VERSIONS)}; "
             "read it with the version of lightning-influence that wrote it, or a later one."
         )
     if attributes.get("complete") is not True:

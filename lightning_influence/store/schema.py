@@ -1,11 +1,11 @@
-"""The file format, schema version 1.
+"""The file format, schema version 2.
 
 One HDF5 file holds one training run: per-example gradients of ``N`` dataset rows, by layer.
 
 Layout
     ======================================  ==================================================
     root attributes                         ``format`` = "lightning-influence",
-                                            ``schema_version`` = 1, ``complete``, ``store_id``,
+                                            ``schema_version`` = 2, ``complete``, ``store_id``,
                                             ``num_examples`` = N, and what the run adds
     ``/rows/<column>``                      ``[N]``, one value per dataset index
     ``/documents/<name>``                   ``[bytes]`` u1: one JSON document in UTF-8
@@ -43,12 +43,20 @@ What a captured run adds
     ``weights_hash_end`` (SHA-256, ``functional.weights``), ``fisher``, ``loss``, ``rows_written``,
     ``rows_invalid``, ``rows_missing``, ``bytes_per_row``, ``staleness_spearman`` (NaN: not measured,
     ``staleness_note`` says why), ``codec_spearman`` (measured with it). Documents: ``layers``
-    (in the model's order: name, ``has_bias``, codec, its config), ``coverage``, ``loss``, ``versions``.
-    Factors of a layer whose gradient is G ``[o, i]``: ``Q_A`` ``[i, i]`` and ``Q_S`` ``[o, o]``
+    (in the model's order: name, ``has_bias``, ``batch_dim``, ``structure``, codec, its config),
+    ``coverage``, ``loss``, ``versions``.
+
+    A layer is a matrix of parameters, whose gradient G is ``[o, i]`` for an example; its name is the
+    module's, with a last part where the module has several ("attention.in_proj"). ``batch_dim`` is the
+    dimension of the layer's inputs that counts examples. Factors: ``Q_A`` ``[i, i]`` and ``Q_S`` ``[o, o]``
     (eigenvectors in columns), ``eigenvalues_A`` ``[i]``, ``eigenvalues_S`` ``[o]`` (descending),
-    ``Lambda`` ``[o, i]``.
+    ``Lambda`` ``[o, i]``. ``structure`` says where they differ: with g ``groups`` of outputs, of which each
+    has a basis of its own, they are ``[g, i, i]``, ``[g, o/g, o/g]``, ``[g, i]`` and ``[g, o/g]``; without
+    ``full_A`` or ``full_S`` that side is not rotated: there is no Q, and its values are in the order of the
+    parameters.
     Layers with codec ``eigen`` add ``coordinates`` ``[k]`` i8 and ``whitening`` ``[k]`` f4. The config
-    of ``pairs`` is ``positions``, ``has_bias`` and ``dtype``; that of ``eigen`` is empty. The attribute
+    of ``pairs`` is ``positions``, ``has_bias`` and ``dtype``, that of ``dense`` is ``dtype``; that of
+    ``eigen`` is empty. The attribute
     ``loss`` is what the user asked for ("auto", "mean" or "sum"), the document ``loss`` what was seen:
     ``function``, ``reduction``, ``count``, the ``constant`` divided out, and ``terms``.
     A row with ``written`` = 1 and ``valid`` = 0 had a non-finite gradient and is in no factor.
@@ -62,8 +70,13 @@ Codecs
     int8: entry k is its code times ``<name>_scales[s, k // 64]``; float16: times
     ``<name>_scales[s, 0]``; float32: as it is. Padded positions have zero output gradients.
 
+    ``dense``: the row-major flattened G is ``values``, rounded as in ``pairs``.
+
     ``eigen``: entry j of ``codes`` times ``scales[j // 64]`` times the factor ``whitening[j]`` is the
     entry ``coordinates[j]`` of the row-major flattened Q_S^T G Q_A; all other entries count as 0.
+
+Version 1, which opens for ever, had no ``batch_dim`` (0), no ``structure`` (one group, both sides full) and no
+``dense``.
 
 Reading it with h5py alone. A file to read:
 
@@ -103,7 +116,8 @@ from dataclasses import dataclass
 import numpy as np
 
 FORMAT = "lightning-influence"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = frozenset({1, 2})
 DTYPES = frozenset({"f2", "f4", "f8", "i1", "u1", "i4", "i8"})
 MAX_ATTRIBUTE_BYTES = 32 * 1024
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024

@@ -13,9 +13,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.overrides import _pop_mode, _push_mode
 
 from lightning_influence.errors import QueryError
-from lightning_influence.layers import TrackedLayer
+from lightning_influence.layers import TrackedLayer, UseShape
 from lightning_influence.step import LossKind, StepCapture, StepGradients
 
 Measurement = Callable[[nn.Module, Any], Tensor]
@@ -59,13 +60,13 @@ def example_gradients(
         return capture.gradients(examples)
 
 
-def rows_seen(model: nn.Module, layers: Mapping[str, TrackedLayer], batch: Any) -> dict[str, int]:
-    """How many rows each layer sees for a batch, in eval mode; as `example_gradients`."""
+def shapes_seen(model: nn.Module, layers: Mapping[str, TrackedLayer], batch: Any) -> dict[str, list[UseShape]]:
+    """The shapes of each layer's output gradients for a batch, in eval mode; as `example_gradients`."""
     capture = StepCapture(layers, loss="sum")
     with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
         with capture:
             _training_loss(model, batch).backward()
-        return {name: len(gradient) for name, gradient in capture.raw_gradients().items()}
+        return capture.shapes()
 
 
 def _covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter]:
@@ -112,10 +113,24 @@ def copy_to_ask(
     model: LightningModule, layers: Mapping[str, TrackedLayer]
 ) -> tuple[LightningModule, dict[str, TrackedLayer]]:
     """A deep copy of a model in training, without its trainer, and its layers."""
-    clone = copy.deepcopy(model)
+    clone = copy.deepcopy(model, {id(t): t.detach().clone() for t in _tensors_in_graphs(model)})
     for name in ("forward", "training_step"):  # a compiled model's are bound to the original
         vars(clone).pop(name, None)
-    return clone, {name: layer.of_copy(clone.get_submodule(name)) for name, layer in layers.items()}
+    return clone, {name: layer.of_copy(clone) for name, layer in layers.items()}
+
+
+def _tensors_in_graphs(model: nn.Module) -> Iterator[Tensor]:
+    """Attributes that are part of a graph, such as a hidden state that is kept; deepcopy refuses them."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                yield value
+        elif isinstance(value, list | tuple):
+            values += value
+        elif isinstance(value, dict):
+            values += value.values()
 
 
 def copied(batch: Any) -> Any:
@@ -147,6 +162,7 @@ def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[No
             restored.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(True)
         restored.enter_context(_without_logging(model))
+        restored.enter_context(_without_others_looking())
         model.eval()
         restored.enter_context(_kept_state(model))
         yield
@@ -154,15 +170,17 @@ def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[No
 
 @contextmanager
 def _kept_state(model: nn.Module) -> Iterator[None]:
-    """Buffers are put back; a step that writes to parameters, as a teacher's average, is refused."""
-    owners = [(module, dict(module._buffers)) for module in model.modules()]
+    """Buffers and attributes are put back; a step that writes to parameters, as an average, is refused."""
+    owners = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     try:
         yield
     finally:
-        for module, owned in owners:
+        for module, owned, attributes in owners:
             module._buffers.update(owned)
+            vars(module).clear()  # of what a step keeps for the next one, such as a hidden state
+            vars(module).update(attributes)
         with torch.no_grad():
             for buffer, version, before in buffers:
                 if buffer._version != version:
@@ -173,6 +191,18 @@ def _kept_state(model: nn.Module) -> Iterator[None]:
             f"Asking {type(model).__name__} wrote to its parameters {', '.join(changed[:3])}, so its answers "
             "would change; pass `measurement=`, a function (model, batch) -> [q] that changes nothing."
         )
+
+
+@contextmanager
+def _without_others_looking() -> Iterator[None]:
+    """Function modes of others, such as another callback's loss tap, see nothing of what we ask; ours do."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with torch._C._EnableTorchFunction():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 @contextmanager

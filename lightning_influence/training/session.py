@@ -16,27 +16,24 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.errors import LayerError, UnsupportedTrainingError
+from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.factors import KroneckerCovariance
-from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
+from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.weights import weights_hash
 from lightning_influence.layer_record import CodecName, LayerPlan, plan_layers
-from lightning_influence.layers import track_layers
 from lightning_influence.recorder import Recorder
-from lightning_influence.step import LossKind, StepCapture, StepGradients
+from lightning_influence.step import LossKind, StepGradients
 from lightning_influence.training import report
 from lightning_influence.training.asking import copied
 from lightning_influence.training.indices import IndexRecorder
-from lightning_influence.training.row_check import layers_of_other_rows
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement, StalenessProbe
 from lightning_influence.training.surroundings import (
     backpropagated_factor,
     check_supported,
     learning_rate,
-    trainable,
 )
-from lightning_influence.training.verification import GradientCheck
+from lightning_influence.training.tracking import LayerTracking
 
 CHECKED_SHARE = 0.25  # of the captured batches after the first, at random: nothing periodic slips through
 
@@ -49,6 +46,7 @@ class CaptureOptions:
     layers: Sequence[str] | None
     codec: CodecName
     bytes_per_example: int
+    covariance_positions: int | None
     fisher: str
     loss: LossKind
     index_fn: Callable[[Any], Sequence[int] | Tensor] | None
@@ -72,7 +70,9 @@ class CaptureSession:
         self.finished_epoch: int | None = None
         self._path = options.path.absolute()  # whatever the working directory becomes
         self._indices = IndexRecorder(options.index_fn)
-        self._find_layers()
+        self._plans: dict[str, LayerPlan] = {}
+        self._bases: dict[str, Eigenbasis] = {}
+        self._track()
         self._scratch = tempfile.mkdtemp() if trainer.fast_dev_run else None  # type: ignore[attr-defined]
         self._schedule: CaptureSchedule | None = None
         self._step: StepGradients | None = None
@@ -116,7 +116,7 @@ class CaptureSession:
         self._staleness = StalenessProbe()
         self._skips_rest = False
         self._indices.start_epoch()
-        self._bases |= {name: eigenbasis(*metric.compute()) for name, metric in self._covariances.items()}
+        self._bases |= {name: metric.eigenbasis() for name, metric in self._covariances.items()}
         self._covariances = {}
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
@@ -124,10 +124,10 @@ class CaptureSession:
         if self._skips_rest:  # nearly all batches of a run: cost nothing
             return
         self.disarm()
-        if batch_idx == 0 and self._trainable != trainable(self.model):  # finetuning (un)freezes layers
-            self._find_layers()
+        if batch_idx == 0 and not self._tracking.is_current:
+            self._track()
         self._backwards = 0
-        if self._is_verified and not self._wants_gradients():
+        if self._tracking.is_verified and not self._wants_gradients():
             self._skips_rest = True
             self._indices.skip_rest()
             return
@@ -148,10 +148,10 @@ class CaptureSession:
         if not self._plans:
             self._first_batch = copied(batch)
         self._step = None
-        self._capture.__enter__()
+        self._tracking.capture.__enter__()
         self._is_armed = True
         # Gradients that flow before the step's own backward (adversarial examples, say) are not the step's.
-        self._capture.set_open(not self.model.automatic_optimization)
+        self._tracking.capture.set_open(not self.model.automatic_optimization)
 
     def before_backward(self, loss: Tensor) -> None:
         """Open the hooks; prepare the check against `.grad`."""
@@ -159,10 +159,10 @@ class CaptureSession:
             return
         self._backwards += 1
         if self._is_armed and self._backwards == 1:
-            self._capture.set_open(True)
+            self._tracking.capture.set_open(True)
             is_first = self._recorder is None and self._records_rows()
-            if not self._is_verified or is_first or self._random.random() < CHECKED_SHARE:
-                self._check.start()
+            if not self._tracking.is_verified or is_first or self._random.random() < CHECKED_SHARE:
+                self._tracking.start_check()
             self._loss = loss.detach().clone()
 
     def after_backward(self) -> None:
@@ -174,7 +174,8 @@ class CaptureSession:
             self.disarm()  # the optimizer is left alone
         with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
             if self._backwards == 1:
-                self._verify()
+                self._tracking.verify(self._loss)
+                self._plans = {name: plan for name, plan in self._plans.items() if name in self._tracking.layers}
             if is_over:
                 self._step = self._collect()
 
@@ -189,7 +190,9 @@ class CaptureSession:
             self._refuse_backwards()
         # Without a backward: a skipped step, or the batch norm update of weight averaging.
         has_manual_loss = bool(outputs) and not self.model.automatic_optimization
-        if self._step is None and (has_manual_loss or len(self._capture.unseen) < len(self._layers)):
+        if self._step is None and (
+            has_manual_loss or len(self._tracking.capture.unseen) < len(self._tracking.layers)
+        ):
             self._batch_rows = rows
             self._step, self._batch_rows = self._collect(), None
         self.disarm()
@@ -197,7 +200,7 @@ class CaptureSession:
         step, self._step = self._step, None
         if step is not None:
             self._take_in(step, rows, facts)
-        self._capture.clear()
+        self._tracking.capture.clear()
         if self._recorder is not None and self.trainer.is_last_batch:
             self._finish()
 
@@ -220,33 +223,28 @@ class CaptureSession:
         """Remove the hooks; may be called at any time."""
         if self._is_armed:
             self._is_armed = False
-            self._capture.set_open(False)
-            self._capture.__exit__()
+            self._tracking.capture.set_open(False)
+            self._tracking.capture.__exit__()
 
     def close(self) -> None:
         """Leave nothing behind but finished files; may be called at any time and more than once."""
         self.disarm()
-        self._capture.clear()
+        self._tracking.capture.clear()
         self._indices.uninstall()
         self._drop_recorder()
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _find_layers(self) -> None:
+    def _track(self) -> None:
         """Start over with the layers that are trainable now."""
-        self._trainable = trainable(self.model)
-        self._layers, self._coverage = track_layers(self.model, self.options.layers)
-        self._capture = StepCapture(self._layers, loss=self.options.loss)
-        self._check = GradientCheck(self._layers)
-        self._plans: dict[str, LayerPlan] = {}
-        self._bases: dict[str, Eigenbasis] = {}
-        self._is_verified = False
+        self._tracking = LayerTracking(self.model, self.options.layers, self.options.loss)
+        self._plans, self._bases = {}, {}
 
     def _records_rows(self) -> bool:
         return self._epoch is not None and self._schedule is not None and self._schedule.records_rows(self._epoch)
 
     def _prepares_bases(self) -> bool:
-        needs = any(plan.codec == "eigen" for plan in self._plans.values())
+        needs = any(plan.needs_basis for plan in self._plans.values())
         return (
             needs
             and self._epoch is not None
@@ -270,79 +268,46 @@ class CaptureSession:
                 "gradients each of them applied cannot be told. Capture needs one backward or one optimizer."
             )
 
-    def _verify(self) -> None:
-        """Leave out, at first, and refuse, later, layers whose captured gradients are not their whole."""
-        if not self._is_verified:
-            self._drop(dict.fromkeys(self._capture.changed, "its input is changed in place before the backward"))
-        errors = self._check.mismatches(self._capture.raw_gradients())
-        if errors is None:  # an overflow: look again at the next batch
-            return
-        reasons = {
-            name: "its weight is also used outside of its forward, or gradients flow through it twice (captured "
-            f"gradients differ from .grad by {error:.0%})"
-            for name, error in errors.items()
-        }
-        if self._is_verified and reasons:
-            name, reason = next(iter(reasons.items()))
-            raise LayerError(f"Layer {name!r}: {reason}; this was not so in the first batch.")
-        self._drop(reasons)
-        if not self._is_verified and (accounted := self._capture.accounted_for()) is not None:
-            rest = float((self._loss.float().sum() - accounted).abs() / self._loss.float().sum().abs())
-            if rest > 0.01:
-                report.warn_of_other_terms(rest)
-        self._is_verified = True
-
     def _collect(self) -> StepGradients:
         """The batch's gradients, copied."""
         assert self._batch_rows is not None
         if not self._plans:
-            unseen = self._capture.unseen
-            self._drop(dict.fromkeys(unseen, "no call of it took part in the first batch's backward"))
+            batch, self._first_batch = self._first_batch, None
+            self._tracking.settle(self.trainer, batch, len(self._batch_rows))
         factor = self._batch_facts["factor"]
-        return self._capture.gradients(len(self._batch_rows), backpropagated_factor=factor)
+        return self._tracking.capture.gradients(len(self._batch_rows), backpropagated_factor=factor)
 
     def _take_in(self, step: StepGradients, rows: np.ndarray, facts: dict[str, float]) -> None:
         if not self._plans:
-            batch, self._first_batch = self._first_batch, None
-            self._drop(layers_of_other_rows(self.trainer, self.model, self._layers, step.gradients, batch))
-            step = StepGradients({name: step.gradients[name] for name in self._layers}, step.scale)
             self._make_plans(step)
         if self._prepares_bases():
             for name, plan in self._plans.items():
-                if plan.codec == "eigen":
+                if plan.needs_basis:
                     gradient = step.gradients[name]
-                    metric = self._covariances.setdefault(name, KroneckerCovariance(plan.shape))
-                    metric.to(gradient.inputs.device).update(gradient[gradient.is_finite()])
+                    if name not in self._covariances:
+                        positions = self.options.covariance_positions
+                        self._covariances[name] = KroneckerCovariance(
+                            plan.shape, plan.structure, positions=positions
+                        )
+                    self._covariances[name].to(gradient.device).update(gradient[gradient.is_finite()])
         if self._records_rows():
             if self._recorder is None:
                 self._recorder = self._make_recorder()
             self._recorder.update(step, rows, step_index=int(facts["step"]), learning_rate=facts["learning_rate"])
-
-    def _drop(self, reasons: dict[str, str]) -> None:
-        """Stop tracking layers, and say why in the coverage."""
-        if not reasons:
-            return
-        self._coverage = self._coverage.without(reasons)
-        self._layers = {name: layer for name, layer in self._layers.items() if name not in reasons}
-        self._plans = {name: plan for name, plan in self._plans.items() if name not in reasons}
-        self._capture.keep(self._layers)
-        self._check = GradientCheck(self._layers)
-        if not self._layers:
-            raise LayerError(f"No layer can be attributed:\n{self._coverage}")
 
     def _make_plans(self, step: StepGradients) -> None:
         if self._indices.num_examples is None:
             raise UnsupportedTrainingError(
                 "The training dataset has no length, so its rows have no place; give it a `__len__`."
             )
-        self._plans = plan_layers(self._layers, step.gradients, self.options.codec)
+        self._plans = plan_layers(self._tracking.layers, step.gradients, self.options.codec)
         report.warn_of_coupling(self.model)
         report.warn_of_weights(step.scale.factor)
         assert self._schedule is not None
         report.announce(
             self.options.path,
             self._plans,
-            self._coverage,
+            self._tracking.coverage,
             is_rolling=self._schedule.is_rolling,
             bytes_per_example=self.options.bytes_per_example,
             num_examples=self._indices.num_examples,
@@ -359,6 +324,7 @@ class CaptureSession:
             bases=self._bases,
             bytes_per_example=self.options.bytes_per_example,
             keep_covariances=self._schedule.is_rolling,
+            covariance_positions=self.options.covariance_positions,
         )
 
     def _finish(self) -> None:
@@ -367,7 +333,7 @@ class CaptureSession:
         assert recorder is not None
         layers, counts = recorder.factors(), recorder.counts()
         agreement = self._staleness.measure(
-            self.trainer, self.model, self._layers, self.options.loss, recorder, layers
+            self.trainer, self.model, self._tracking.layers, self.options.loss, recorder, layers
         )
         self._agreement, self._staleness = agreement, StalenessProbe()
         recorder.finish(
@@ -383,7 +349,7 @@ class CaptureSession:
                 "codec_spearman": agreement.codec,
             },
             documents={
-                "coverage": self._coverage.to_builtins(),
+                "coverage": self._tracking.coverage.to_builtins(),
                 "loss": recorder.loss,
                 "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
             },

@@ -23,9 +23,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.curvature import HeuristicDamping, get_curvature
-from lightning_influence.functional.eigenvalues import CHUNK_ELEMENTS
 from lightning_influence.functional.products import inner_products
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import CHUNK_ELEMENTS, LayerGradient, concatenate
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
@@ -120,7 +119,7 @@ class StalenessProbe:
         self, clone: LightningModule, layers: Mapping[str, TrackedLayer], loss: LossKind
     ) -> dict[str, LayerGradient]:
         asked = [example_gradients(clone, layers, batch, loss=loss).gradients for _, batch in self._kept]
-        return {name: LayerGradient.concatenate([part[name] for part in asked]) for name in layers}
+        return {name: concatenate([part[name] for part in asked]) for name in layers}
 
 
 def _spread(num_batches: float, batch_size: int) -> frozenset[int]:

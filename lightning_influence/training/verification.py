@@ -9,7 +9,7 @@ recognised and let pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,23 +46,22 @@ class GradientCheck:
         """Just before the backward."""
         self._before = {name: self._of_grad(name) for name in self._layers}
 
-    def mismatches(self, gradients: Mapping[str, LayerGradient]) -> dict[str, float] | None:
+    def mismatches(self, calls: Mapping[str, Sequence[LayerGradient]]) -> dict[str, float] | None:
         """Layers that do not add up, with the error relative to `.grad`; None if nothing could be compared.
 
         Args:
-            gradients: as back-propagated, just after the backward.
+            calls: gradients of each use of the layers, as back-propagated, just after the backward.
         """
         before, self._before = self._before, None
         if before is None:
             return None
         found = {}
-        for name, gradient in gradients.items():
-            U, V = self._projections[name]
-            products = (gradient.output_grads.float() @ U) * (gradient.inputs.float() @ V)  # [n, s, p]
+        for name, gradients in calls.items():
+            products = torch.cat([g.projections(*self._projections[name]) for g in gradients])  # [parts, p]
             gained = self._of_grad(name) - before[name]
-            difference = gained - products.sum((0, 1))
-            tolerance = TOLERANCES.get(gradient.output_grads.dtype, HALF_TOLERANCE)
-            allowed = tolerance * float(products.abs().sum((0, 1)).norm())
+            difference = gained - products.sum(0)
+            tolerance = TOLERANCES.get(gradients[0].dtype, HALF_TOLERANCE)
+            allowed = tolerance * float(products.abs().sum(0).norm())
             if not math.isfinite(allowed + float(difference.norm())):
                 return None
             if difference.norm() > allowed and self._without_penalty(name, difference).norm() > allowed:
@@ -82,10 +81,6 @@ class GradientCheck:
     def _projected(self, name: str, values: Mapping[str, Tensor | None]) -> Tensor:
         """U^T [W b] V on its diagonal, shape [p], for a matrix in the parts of the layer's parameters."""
         U, V = self._projections[name]
-        weight, bias = values.get("weight"), values.get("bias")
-        total = U.new_zeros(PROJECTIONS)
-        if weight is not None:
-            total = total + ((weight.float().T @ U) * V[: weight.shape[1]]).sum(0)
-        if bias is not None:
-            total = total + (bias.float() @ U) * V[-1]
-        return total
+        if all(value is None for value in values.values()):
+            return U.new_zeros(PROJECTIONS)
+        return ((self._layers[name].matrix(values).float() @ V) * U).sum(0)

@@ -15,14 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_influence.codecs import Codec, EigenCodec, PairsCodec, codec_from_config, select_coordinates
+from lightning_influence.codecs import (
+    Codec,
+    DenseCodec,
+    EigenCodec,
+    PairsCodec,
+    codec_from_config,
+    select_coordinates,
+)
 from lightning_influence.codecs.base import _CODECS
 from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
 from lightning_influence.curvature import AbsoluteDamping, get_curvature
 from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient, concatenate
 
 N, Q = 9, 4
 
@@ -55,7 +62,17 @@ def eigen(share: float) -> Callable[..., Codec]:
     return make
 
 
+def dense(dtype: str) -> Callable[..., Codec]:
+    def make(shape, positions, has_bias, basis, Lambda) -> Codec:
+        return DenseCodec(shape, dtype=dtype)
+
+    return make
+
+
 CASES = {
+    "dense-int8": Case(dense("int8"), 1 / 254),
+    "dense-float16": Case(dense("float16"), 2.0**-11),
+    "dense-float32": Case(dense("float32"), 0.0),
     "pairs-int8": Case(pairs("int8"), 1 / 254),
     "pairs-float16": Case(pairs("float16"), 2.0**-11),
     "pairs-float32": Case(pairs("float32"), 0.0),
@@ -77,7 +94,7 @@ def batch(shape: tuple[int, int], positions: int, has_bias: bool, *, n: int = N,
     d = torch.randn(n, positions, o, generator=generator) * torch.logspace(-1, -4, o)
     if has_bias:
         a[..., -1] = 1
-    return LayerGradient(a, d)
+    return FactoredGradient(a, d)
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def test_pairs_are_off_by_no_more_than_documented(
 ) -> None:
     row = stored(f"pairs-{dtype}", shape, positions, has_bias)
     assert isinstance(row.codec, PairsCodec)
-    decoded = row.codec.decode_factors(row.arrays)
+    decoded = row.codec.decode_gradient(row.arrays)
     share = CASES[f"pairs-{dtype}"].entry_error
     for found, values in (
         (decoded.inputs, row.gradient.inputs),
@@ -224,14 +241,14 @@ def test_examples_with_fewer_positions_decode_to_the_same_gradient(name: str) ->
     row = stored(name, (5, 8), 3, True)
     short = batch((5, 8), 2, True)
     decoded = row.codec.decode(row.codec.encode(short))
-    padded = LayerGradient.concatenate([short, row.gradient])[:N]
+    padded = concatenate([short, row.gradient])[:N]
     assert_close(decoded, row.codec.decode(row.codec.encode(padded)))
 
 
 @every_codec
 def test_zero_gradients_decode_to_exact_zeros(name: str) -> None:
     row = stored(name, (5, 8), 2, True)
-    zero = LayerGradient(torch.zeros(3, 2, 8), torch.zeros(3, 2, 5))
+    zero = FactoredGradient(torch.zeros(3, 2, 8), torch.zeros(3, 2, 5))
     assert not row.codec.decode(row.codec.encode(zero)).any()
 
 
@@ -295,7 +312,7 @@ def test_eigen_refuses_impossible_coordinates(coordinates: list, whitening: list
 
 def test_an_unknown_codec_lists_the_known() -> None:
     basis = stored("pairs-int8", (5, 8), 1, True).basis
-    with pytest.raises(ValueError, match=r"unknown codec 'sketch', known are \['eigen', 'pairs'\]"):
+    with pytest.raises(ValueError, match=r"unknown codec 'sketch', known are \['dense', 'eigen', 'pairs'\]"):
         codec_from_config("sketch", {}, {}, basis)
 
 

@@ -21,7 +21,7 @@ from lightning_influence.curvature.base import register_curvature
 from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient
 from tests.reference import curvature as dense
 from tests.reference.activations import LayerActivations
 from tests.reference.factors import unvec, vec
@@ -42,7 +42,7 @@ CASES = {
 def layer(s: int = 2, shape: tuple[int, int] = (3, 4)) -> LayerGradient:
     o, i = shape
     mixing_in, mixing_out = random(i, i, seed=5), random(o, o, seed=6)
-    return LayerGradient(random(20, s, i, seed=1) @ mixing_in, random(20, s, o, seed=2) @ mixing_out)
+    return FactoredGradient(random(20, s, i, seed=1) @ mixing_in, random(20, s, o, seed=2) @ mixing_out)
 
 
 def factors(gradient: LayerGradient) -> tuple[Eigenbasis, Tensor]:
@@ -98,7 +98,7 @@ def test_ekfac_ignores_the_scale_of_the_covariances() -> None:
 
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "identity"])
 def test_a_layer_without_gradient_says_nothing(curvature: str) -> None:
-    nothing = LayerGradient(random(5, 1, 4), torch.zeros(5, 1, 3, dtype=torch.float64))
+    nothing = FactoredGradient(random(5, 1, 4), torch.zeros(5, 1, 3, dtype=torch.float64))
     assert not preconditioned(nothing, curvature, HeuristicDamping()).any()  # zeros, not NaN
 
 

@@ -14,7 +14,7 @@ from lightning_influence.factors import EigenvalueCorrection, KroneckerCovarianc
 from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient, concatenate
 from tests.reference.models import random
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few dozen terms in another order
@@ -23,7 +23,7 @@ SHAPES = [(3, 5), (1, 5), (3, 1), (1, 1)]  # (o, i); one output is every regress
 
 def gradient(n: int, s: int = 2, shape: tuple[int, int] = (3, 5)) -> LayerGradient:
     o, i = shape
-    result = LayerGradient(random(n, s, i, seed=1), random(n, s, o, seed=2))
+    result = FactoredGradient(random(n, s, i, seed=1), random(n, s, o, seed=2))
     result.output_grads[::3, -1] = 0  # some positions are padding
     return result
 
@@ -68,7 +68,7 @@ def test_order_does_not_matter() -> None:
 
 def test_padding_to_other_lengths_does_not_matter() -> None:
     whole = gradient(12)
-    longer = LayerGradient.concatenate([whole[:6], gradient(1, 4)])[:6]
+    longer = concatenate([whole[:6], gradient(1, 4)])[:6]
     assert longer.positions == 4
     assert_same(accumulated([longer, whole[6:]]), accumulated([whole]))
 
@@ -83,7 +83,7 @@ def test_compute_may_be_called_between_updates() -> None:
 
 def test_reset_forgets() -> None:
     metric = KroneckerCovariance((3, 5), dtype=torch.float64)
-    metric.update(LayerGradient(random(4, 1, 5, seed=8), random(4, 1, 3, seed=9)))
+    metric.update(FactoredGradient(random(4, 1, 5, seed=8), random(4, 1, 3, seed=9)))
     metric.reset()
     metric.update(gradient(12))
     assert_same(list(metric.compute()), list(covariance(gradient(12))))
@@ -133,8 +133,8 @@ def test_casts_leave_the_precision_of_the_sums(cast) -> None:
 
 def test_float64_sums_take_float32_gradients() -> None:
     batch = gradient(12)
-    single = LayerGradient(batch.inputs.float(), batch.output_grads.float())
-    rounded = LayerGradient(single.inputs.double(), single.output_grads.double())
+    single = FactoredGradient(batch.inputs.float(), batch.output_grads.float())
+    rounded = FactoredGradient(single.inputs.double(), single.output_grads.double())
     covariances = KroneckerCovariance((3, 5), dtype=torch.float64)
     covariances.update(single)
     assert_same(list(covariances.compute()), list(covariance(rounded)))
@@ -143,7 +143,7 @@ def test_float64_sums_take_float32_gradients() -> None:
 def test_counts_are_exact_beyond_float32() -> None:
     metric = KroneckerCovariance((1, 1))
     metric.positions += 2**24  # where float32 stops counting
-    metric.update(LayerGradient(torch.ones(1, 1, 1), torch.ones(1, 1, 1)))
+    metric.update(FactoredGradient(torch.ones(1, 1, 1), torch.ones(1, 1, 1)))
     assert metric.positions.item() == 2**24 + 1
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from lightning_influence.functional.covariance import add_covariance_sums, covariance
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient
 from tests.reference.factors import covariances
 from tests.reference.models import random
 
@@ -15,7 +15,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few dozen terms in 
 
 
 def gradient(n: int, s: int, i: int = 5, o: int = 3) -> LayerGradient:
-    return LayerGradient(random(n, s, i, seed=1), random(n, s, o, seed=2))
+    return FactoredGradient(random(n, s, i, seed=1), random(n, s, o, seed=2))
 
 
 @pytest.mark.parametrize(("n", "s"), [(1, 1), (7, 1), (4, 3)])
@@ -40,7 +40,7 @@ def test_positions_without_gradient_count_in_neither_factor() -> None:
 def test_padding_a_batch_further_changes_nothing() -> None:
     short = gradient(4, 2)
     padded_inputs = torch.cat([short.inputs, random(4, 3, 5, seed=9)], dim=1)  # padding embeds to something
-    longer = LayerGradient(padded_inputs, pad(short.output_grads, (0, 0, 0, 3)))
+    longer = FactoredGradient(padded_inputs, pad(short.output_grads, (0, 0, 0, 3)))
     for factor, expected in zip(covariance(longer), covariance(short), strict=True):
         torch.testing.assert_close(factor, expected, **EXACT)
 
@@ -58,7 +58,7 @@ def test_sums_are_added_in_place_and_positions_counted() -> None:
 
 
 def test_a_layer_without_any_gradient_has_zero_covariances() -> None:
-    nothing = LayerGradient(random(2, 3, 5), torch.zeros(2, 3, 3, dtype=torch.float64))
+    nothing = FactoredGradient(random(2, 3, 5), torch.zeros(2, 3, 3, dtype=torch.float64))
     A, S = covariance(nothing)
     assert not A.any()
     assert not S.any()

@@ -8,7 +8,7 @@ import torch
 from lightning_influence.functional import eigenvalues
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import eigenbasis
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient
 from tests.reference.factors import covariances, eigenvalue_correction, fisher_block, vec
 from tests.reference.models import random
 
@@ -16,7 +16,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few dozen terms in 
 
 
 def gradient(n: int, s: int) -> LayerGradient:
-    return LayerGradient(random(n, s, 5, seed=1), random(n, s, 3, seed=2))
+    return FactoredGradient(random(n, s, 5, seed=1), random(n, s, 3, seed=2))
 
 
 @pytest.mark.parametrize("s", [1, 2, 6])

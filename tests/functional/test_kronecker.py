@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.functional.kronecker import eigenbasis
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient
 from tests.reference.models import random
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, matrices of a few rows
@@ -64,14 +64,14 @@ def test_non_finite_factors_are_refused_by_name(bad: float, which: str) -> None:
 
 @pytest.mark.parametrize("s", [1, 3])
 def test_rotation_is_the_published_one(s: int) -> None:
-    gradient = LayerGradient(random(5, s, 6, seed=3), random(5, s, 4, seed=4))
+    gradient = FactoredGradient(random(5, s, 6, seed=3), random(5, s, 4, seed=4))
     basis = eigenbasis(A, S)
     expected = torch.stack([basis.Q_S.T @ G @ basis.Q_A for G in gradient.dense()])
     torch.testing.assert_close(basis.rotate(gradient), expected, **EXACT)
 
 
 def test_rotating_back_restores_the_gradient() -> None:
-    gradient = LayerGradient(random(5, 3, 6, seed=3), random(5, 3, 4, seed=4))
+    gradient = FactoredGradient(random(5, 3, 6, seed=3), random(5, 3, 4, seed=4))
     basis = eigenbasis(A, S)
     torch.testing.assert_close(basis.rotate_back(basis.rotate(gradient)), gradient.dense(), **EXACT)
 

@@ -7,7 +7,7 @@ import torch
 
 from lightning_influence.functional import products
 from lightning_influence.functional.products import inner_products, weighted_squares
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient
 from tests.reference.models import random
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few dozen terms in another order
@@ -16,7 +16,7 @@ SHAPES = [(3, 7), (7, 3), (4, 4), (1, 5), (5, 1)]
 
 def gradient(shape: tuple[int, int], n: int, s: int) -> LayerGradient:
     o, i = shape
-    return LayerGradient(random(n, s, i, seed=1), random(n, s, o, seed=2))
+    return FactoredGradient(random(n, s, i, seed=1), random(n, s, o, seed=2))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -41,6 +41,7 @@ from tests.integration.models import (
     token_data,
     vector_data,
 )
+from tests.integration.nets import SmallConvNet, SmallTransformer
 from tests.reference.models import TokenModel
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -177,6 +178,14 @@ CASES = {
     "augmentation-in-2-workers": Case(data=Augmented, loader={"num_workers": 2}),
     "checkpointing": Case(lambda: Checkpointed(use_reentrant=False, dropout=0.5)),
     "checkpointing-reentrant": Case(lambda: Checkpointed(use_reentrant=True, dropout=0.5)),
+    "convolutions": Case(SmallConvNet),
+    "convolutions-one-epoch": Case(SmallConvNet, trainer=lambda: {"max_epochs": 1}),
+    "convolutions-bf16": Case(SmallConvNet, trainer=lambda: {"precision": "bf16-mixed"}),
+    "transformer": Case(lambda: SmallTransformer(dropout=0.3), token_mean, data=token_data, optimizer=ADAMW),
+    "transformer-rolling": Case(SmallTransformer, token_mean, data=token_data, callbacks=stops_after_two),
+    "transformer-bf16": Case(
+        SmallTransformer, token_mean, data=token_data, trainer=lambda: {"precision": "bf16-mixed"}
+    ),
     "manual-optimization": Case(Dropping, task=LoggingManualTask),
 }
 

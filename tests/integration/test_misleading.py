@@ -130,7 +130,7 @@ def test_a_layer_on_other_rows_than_the_examples_is_left_out(tmp_path: Path) -> 
     path = capture(tmp_path, LabelTable())
     (left,) = [layer for layer in StoreReader(path).document("coverage") if layer["reason"]]
     assert left["name"] == "table"
-    assert "of 3 examples it saw 4 rows" in left["reason"]
+    assert "of 3 examples it saw (4, 2)" in left["reason"]
 
 
 class Normalized(Classifier):

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import AbsoluteDamping, HeuristicDamping
-from lightning_influence.errors import LayerError, LossNotRecognizedError, RowIndexError
+from lightning_influence.errors import LossNotRecognizedError
 from lightning_influence.layers import Coverage
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.store import StoreReader
@@ -364,7 +364,6 @@ def different_counts(outputs: Tensor, targets: Tensor) -> Tensor:
 REFUSED = {
     "losses-with-different-counts": (on_tokens(different_counts), r"different counts.*loss=\"mean\""),
     "hand-written-loss-undeclared": (Case(hand_written_mean), r"No recognised loss.*pass `loss=\"mean\"`"),
-    "layer-input-without-batch": (Case(net=Unbatched), r"'net.shared'.*batch first.*add a batch dimension"),
 }
 
 
@@ -388,17 +387,15 @@ def test_on_error_raise_ends_training(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_layers_with_positions_first_are_refused(tmp_path: Path) -> None:
-    influence = InfluenceCallback(tmp_path / "influence.h5", on_error="raise")
-    with pytest.raises(RowIndexError, match=r"'net.body.first' saw 6 rows in a batch of 4"):
-        train(Task(seeded(PositionsFirst)), position_data(24), influence, batch_size=4)
-
-
-def test_positions_as_many_as_examples_do_not_pass_for_examples(tmp_path: Path) -> None:
-    """The number of rows fits, and their sum is the batch's gradient."""
-    influence = InfluenceCallback(tmp_path / "influence.h5", on_error="raise")
-    with pytest.raises(LayerError, match=r"net.body.first .* \(of 5 examples it saw 6 rows\)"):
-        train(Task(seeded(PositionsFirst)), position_data(24), influence, batch_size=6)
+@pytest.mark.parametrize("batch_size", [4, 6])
+def test_positions_first_are_seen_even_when_as_many_as_examples(batch_size: int, tmp_path: Path) -> None:
+    """With 6 examples of 6 positions the number of rows would fit, and their sum is the batch's gradient."""
+    path, data, net = tmp_path / "influence.h5", position_data(24), seeded(PositionsFirst)
+    influence = InfluenceCallback(path, codec="pairs-float32", on_error="raise")
+    model = Task(net)
+    train(model, data, influence, batch_size=batch_size)
+    assert_ratio_is_one(stored_gradients(path), true_gradients(model.net, data, SUM), FLOAT32)
+    assert {entry["batch_dim"] for entry in StoreReader(path).document("layers")} == {1}
 
 
 # Layers that are left out, and say so -----------------------------------------------------------------
@@ -412,7 +409,11 @@ def frozen_middle() -> nn.Module:
 
 LEFT_OUT = {
     "frozen": (frozen_middle, {}),
-    "tied": (Tied, dict.fromkeys(("net.left", "net.right"), "shared with another module")),
+    "biases-on-a-shared-weight": (Tied, dict.fromkeys(("net.left", "net.right"), "its bias is not that of all")),
+    "layer-input-without-batch": (
+        Unbatched,
+        {"net.shared": "add a batch dimension", "net": "these parameters are the module's own"},
+    ),
     "used-outside-its-forward": (UsedOutside, {"net.middle": "also used outside of its forward"}),
 }
 
@@ -431,6 +432,10 @@ def test_a_layer_without_exact_gradients_is_left_out_and_the_others_stay_exact(
         assert reason in uncovered[name]
     true = true_gradients(model.net, case.data(), SUM)
     kept = {"net.first": true["net.first"], "net.last": true["net.last"]}
+    if make is Tied:
+        kept["net.left"] = true["net.left"][
+            ..., :-1
+        ]  # without the bias; a shared weight's truth is of all its uses
     assert_ratio_is_one(stored_gradients(path), kept, FLOAT32)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.errors import LayerError
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient, concatenate
 from lightning_influence.layers import GradientCapture, track_layers
 from tests.reference.gradients import linear_layer_names, per_example_gradients
 
@@ -266,15 +266,15 @@ def test_calls_with_different_numbers_of_rows_are_refused() -> None:
 
 def test_a_gradient_needs_matching_factors() -> None:
     with pytest.raises(ValueError, match=r"must be \[n, s, i\] and \[n, s, o\], got \(2, 3, 4\) and \(2, 2, 5\)"):
-        LayerGradient(torch.ones(2, 3, 4), torch.ones(2, 2, 5))
+        FactoredGradient(torch.ones(2, 3, 4), torch.ones(2, 2, 5))
 
 
 def test_concatenation_pads_shorter_examples_with_zeros() -> None:
     short, long = (
-        LayerGradient(torch.ones(1, 1, 2), torch.ones(1, 1, 3)),
-        LayerGradient(torch.ones(2, 4, 2), torch.ones(2, 4, 3)),
+        FactoredGradient(torch.ones(1, 1, 2), torch.ones(1, 1, 3)),
+        FactoredGradient(torch.ones(2, 4, 2), torch.ones(2, 4, 3)),
     )
-    joined = LayerGradient.concatenate([short, long])
+    joined = concatenate([short, long])
     assert joined.positions == 4
     assert torch.equal(joined.dense(), torch.cat([short.dense(), long.dense()]))
 
@@ -282,6 +282,6 @@ def test_concatenation_pads_shorter_examples_with_zeros() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["inputs", "output_grads"])
 def test_an_example_with_one_bad_entry_is_not_finite(bad: float, where: str) -> None:
-    gradient = LayerGradient(torch.ones(3, 4, 2), torch.ones(3, 4, 3))
+    gradient = FactoredGradient(torch.ones(3, 4, 2), torch.ones(3, 4, 3))
     getattr(gradient, where)[1, 2, 0] = bad
     assert gradient.is_finite().tolist() == [True, False, True]

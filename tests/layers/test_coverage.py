@@ -16,7 +16,7 @@ from lightning_influence.layers import (
     Coverage,
     LayerAdapter,
     LayerReport,
-    find_adapter,
+    find_adapters,
     register_adapter,
     track_layers,
 )
@@ -26,6 +26,14 @@ from lightning_influence.layers import base as registry
 def report(coverage: Coverage, name: str) -> LayerReport:
     (found,) = [layer for layer in coverage.layers if layer.name == name]
     return found
+
+
+class Table(nn.Module):
+    """A layer that nobody knows."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
 
 
 class Own(nn.Linear):
@@ -47,8 +55,8 @@ class WithRootParameter(nn.Module):
 def encoder() -> nn.Module:
     return nn.ModuleDict(
         {
-            "embedding": nn.Embedding(10, 4),
-            "block": nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4, bias=False)),
+            "table": Table(40),
+            "block": nn.Sequential(nn.Linear(4, 6), Table(12), nn.Linear(6, 4, bias=False)),
             "head": nn.Linear(4, 3),
         }
     )
@@ -57,11 +65,11 @@ def encoder() -> nn.Module:
 def test_every_trainable_parameter_is_in_the_report_once() -> None:
     model = encoder()
     _, coverage = track_layers(model)
-    assert [layer.name for layer in coverage.layers] == ["embedding", "block.0", "block.1", "block.2", "head"]
+    assert [layer.name for layer in coverage.layers] == ["table", "block.0", "block.1", "block.2", "head"]
     assert [layer.type for layer in coverage.layers] == [
-        "Embedding",
+        "Table",
         "Linear",
-        "LayerNorm",
+        "Table",
         "Linear",
         "Linear",
     ]
@@ -73,15 +81,15 @@ def test_shares_add_up() -> None:
     _, coverage = track_layers(encoder())
     assert sum(layer.share for layer in coverage.layers) == pytest.approx(1, abs=1e-15)
     assert coverage.share == pytest.approx((30 + 24 + 15) / 121)
-    assert {layer.name for layer in coverage.uncovered} == {"embedding", "block.1"}
+    assert {layer.name for layer in coverage.uncovered} == {"table", "block.1"}
 
 
 def test_unsupported_types_are_named_in_the_text() -> None:
     _, coverage = track_layers(encoder())
     text = str(coverage)
     assert text.startswith("57.0% of the trainable parameters are attributed")
-    assert "not attributed: embedding (Embedding, 40 parameters, 33.1%): this type of layer" in text
-    assert "not attributed: block.1 (LayerNorm, 12 parameters" in text
+    assert "not attributed: table (Table, 40 parameters, 33.1%): this type of layer" in text
+    assert "not attributed: block.1 (Table, 12 parameters" in text
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,7 @@ def test_layers_that_were_not_chosen_say_so() -> None:
 
 
 def test_a_pattern_without_match_lists_what_there_is() -> None:
-    with pytest.raises(LayerError, match=r"'decoder\.\*', which matches no module .* embedding, block\.0"):
+    with pytest.raises(LayerError, match=r"'decoder\.\*', which matches no module .* table, block\.0"):
         track_layers(encoder(), ["head", "decoder.*"])
 
 
@@ -116,21 +124,41 @@ def test_a_string_instead_of_a_list_is_refused() -> None:
 
 
 def test_a_model_without_any_supported_layer_is_refused_with_its_report() -> None:
-    with pytest.raises(LayerError, match=r"(?s)No layer can be attributed:.*0 \(LayerNorm"):
-        track_layers(nn.Sequential(nn.LayerNorm(3)))
+    with pytest.raises(LayerError, match=r"(?s)No layer can be attributed:.*0 \(Table"):
+        track_layers(nn.Sequential(Table(3)))
 
 
 def test_a_chosen_layer_of_unsupported_type_alone_is_refused() -> None:
     with pytest.raises(LayerError, match=r"No layer can be attributed"):
-        track_layers(encoder(), ["embedding"])
+        track_layers(encoder(), ["table"])
 
 
-def test_a_shared_parameter_is_not_attributed() -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "other": nn.Linear(4, 4), "head": nn.Linear(4, 7)})
-    model["head"].weight = model["embedding"].weight
+def test_layers_that_share_a_weight_are_one_layer() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 7, bias=False), "second": nn.Linear(4, 7)})
+    model["second"].weight = model["first"].weight
+    tracked, coverage = track_layers(model)
+    assert list(tracked) == ["first"]
+    assert [source.name for source in tracked["first"].sources] == ["first", "second"]
+    assert tracked["first"].shape == (7, 5)
+    assert (report(coverage, "first").parameters, report(coverage, "second").parameters) == (28, 7)
+    assert coverage.share == 1
+
+
+def test_biases_of_their_own_on_a_shared_weight_are_not_attributed() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 7), "second": nn.Linear(4, 7)})
+    model["second"].weight = model["first"].weight
+    tracked, coverage = track_layers(model)
+    assert tracked["first"].shape == (7, 4)
+    assert coverage.share == 28 / 42
+    assert report(coverage, "second").reason == "its bias is not that of all layers with its weight"
+
+
+def test_a_weight_shared_with_an_unknown_layer_is_not_attributed() -> None:
+    model = nn.ModuleDict({"table": Table(3), "known": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    model["table"].weight = model["known"].weight
     tracked, coverage = track_layers(model)
     assert list(tracked) == ["other"]
-    assert report(coverage, "head").reason == "a parameter is shared with another module"
+    assert report(coverage, "known").reason == "its weight is shared with a module that is not covered"
 
 
 def test_a_module_registered_under_two_names_is_one_layer() -> None:
@@ -180,21 +208,38 @@ def test_a_parametrized_linear_is_not_attributed() -> None:
     assert sum(layer.share for layer in coverage.layers) == pytest.approx(1)
 
 
-def test_the_projections_of_multihead_attention_are_not_attributed() -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 2)})
-    tracked, coverage = track_layers(model)
-    assert list(tracked) == ["head"]
-    assert report(coverage, "attention.out_proj").reason == (
-        "nn.MultiheadAttention uses its weight without calling it"
-        if find_adapter(model["attention"].out_proj)
-        else "this type of layer is not supported"
-    )
+@pytest.mark.parametrize(
+    ("attention", "layers"),
+    [
+        (nn.MultiheadAttention(4, 2), {"in_proj": (12, 5), "out_proj": (4, 5)}),
+        (nn.MultiheadAttention(4, 2, bias=False), {"in_proj": (12, 4), "out_proj": (4, 4)}),
+        (
+            nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+            {"q_proj": (4, 5), "k_proj": (4, 4), "v_proj": (4, 6), "out_proj": (4, 5)},
+        ),
+    ],
+    ids=["packed", "no-bias", "separate"],
+)
+def test_attention_has_a_layer_for_each_of_its_matrices(
+    attention: nn.Module, layers: dict[str, tuple[int, int]]
+) -> None:
+    tracked, coverage = track_layers(nn.ModuleDict({"attention": attention}))
+    assert {name: layer.shape for name, layer in tracked.items()} == {
+        f"attention.{k}": v for k, v in layers.items()
+    }
+    assert coverage.share == 1
+
+
+def test_biases_that_attention_appends_to_keys_and_values_are_named() -> None:
+    _, coverage = track_layers(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, add_bias_kv=True)}))
+    assert report(coverage, "attention").reason == "bias_k, bias_v: not part of the layer's formula"
+    assert report(coverage, "attention").covered == 60
 
 
 def test_a_subclass_with_its_own_forward_is_not_attributed() -> None:
     tracked, coverage = track_layers(nn.Sequential(Own(3, 3), nn.Linear(3, 2)))
     assert list(tracked) == ["1"]
-    assert report(coverage, "0").reason == "this type of layer is not supported"
+    assert "it has a `forward` of its own" in report(coverage, "0").reason
 
 
 def test_a_subclass_that_keeps_the_forward_is_attributed() -> None:
@@ -223,17 +268,17 @@ def test_the_report_survives_json() -> None:
 
 
 def test_layers_taken_out_later_count_as_uncovered() -> None:
-    _, coverage = track_layers(encoder())
-    without = coverage.without({"head": "no call of it took part"})
+    tracked, coverage = track_layers(encoder())
+    without = coverage.without(tracked, {"head": "no call of it took part"})
     assert report(without, "head").reason == "no call of it took part"
     assert without.share == pytest.approx((30 + 24) / 121)
 
 
 class Anything(LayerAdapter):
-    """Claims every LayerNorm."""
+    """Claims every Table."""
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.LayerNorm)
+        return isinstance(module, Table)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.weight.numel(), 1
@@ -251,9 +296,9 @@ def restored_registry() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restored_registry")
 def test_a_registered_adapter_makes_its_type_known() -> None:
-    assert find_adapter(nn.LayerNorm(2)) is None
+    assert not find_adapters(Table(2))
     register_adapter(Anything())
-    assert isinstance(find_adapter(nn.LayerNorm(2)), Anything)
+    assert [type(adapter) for adapter in find_adapters(Table(2))] == [Anything]
 
 
 @pytest.mark.usefixtures("restored_registry")
@@ -261,4 +306,11 @@ def test_the_last_registered_adapter_goes_first() -> None:
     first, second = Anything(), Anything()
     register_adapter(first)
     register_adapter(second)
-    assert find_adapter(nn.LayerNorm(2)) is second
+    assert find_adapters(Table(2)) == [second]
+
+
+def test_one_matrix_of_a_module_that_is_taken_out_leaves_the_others_covered() -> None:
+    tracked, coverage = track_layers(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, kdim=3, vdim=5)}))
+    without = coverage.without(tracked, {"attention.k_proj": "it was not used"})
+    assert report(without, "attention").covered == report(coverage, "attention").covered - 16
+    assert report(without, "attention").reason == "it was not used"

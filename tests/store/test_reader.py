@@ -182,8 +182,8 @@ def test_hdf5_of_others_is_not_a_store(tmp_path, value):
 
 def test_another_schema_version_is_named(store_path):
     with h5py.File(store_path, "r+") as file:
-        file.attrs["schema_version"] = 2
-    with pytest.raises(SchemaVersionError, match="version 2, expected 1"):
+        file.attrs["schema_version"] = 3
+    with pytest.raises(SchemaVersionError, match=r"version 3, expected one of \[1, 2\]"):
         StoreReader(store_path)
 
 

@@ -1,0 +1,23 @@
+"""Per-example gradients of one layer, in the form in which they are cheapest."""
+
+from lightning_influence.gradients.base import CHUNK_ELEMENTS, LayerGradient
+from lightning_influence.gradients.convolution import ConvGradient, TransposedConvGradient
+from lightning_influence.gradients.dense import DenseGradient
+from lightning_influence.gradients.factored import FactoredGradient
+from lightning_influence.gradients.geometry import ConvGeometry
+from lightning_influence.gradients.rows import RowGradient
+from lightning_influence.gradients.summed import SummedGradient, add_calls, concatenate
+
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "ConvGeometry",
+    "ConvGradient",
+    "DenseGradient",
+    "FactoredGradient",
+    "LayerGradient",
+    "RowGradient",
+    "SummedGradient",
+    "TransposedConvGradient",
+    "add_calls",
+    "concatenate",
+]

@@ -1,0 +1,102 @@
+"""Which dimension of a layer's inputs counts the batch's examples, found out once a run.
+
+Positions may come first (`batch_first=False`), or a layer may run on something else than the batch (a
+table of labels) that is as long as the batch by chance. The shapes of one batch do not say, and the sum over
+rows is the same. So a copy of the model is asked about the first batch without its last example: the
+dimension that counts examples is the one that is then smaller by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_influence.errors import QueryError
+from lightning_influence.layers import TrackedLayer, UseShape
+from lightning_influence.training.asking import copy_to_ask, kept_random_states, shapes_seen
+
+Shapes = Mapping[str, Sequence[UseShape]]
+
+
+def find_batch_dims(
+    trainer: Trainer,
+    model: LightningModule,
+    layers: Mapping[str, TrackedLayer],
+    shapes: Shapes,
+    batch: Any,
+    n: int,
+) -> tuple[dict[str, TrackedLayer], dict[str, str]]:
+    """The layers with their batch dimension, and those of which no dimension counts examples, with the reason.
+
+    Where the model cannot be asked, examples are taken to come first, and a warning names the layers
+    whose shapes leave a doubt.
+
+    Args:
+        trainer: whose precision is used.
+        model: in training; a copy of it is asked, in eval mode.
+        layers: the tracked layers.
+        shapes: of their output gradients in the step that was just done.
+        batch: the step's, n examples in the first dimension of its tensors.
+        n: number of examples.
+    """
+    if n < 2:
+        return dict(layers), {}
+    try:
+        if not model.automatic_optimization:
+            raise QueryError("its `training_step` optimizes by itself")
+        with kept_random_states(), trainer.precision_plugin.forward_context():
+            fewer = shapes_seen(*copy_to_ask(model, layers), _without_last_example(batch, n))
+    except Exception as error:  # the user's code runs here, in a way it may not be made for
+        _warn_of_doubt(shapes, n, error)
+        return dict(layers), {}
+    found, reasons = {}, {}
+    for name, layer in layers.items():
+        batch_dim = _batch_dim(shapes.get(name, ()), fewer.get(name, ()), n)
+        if batch_dim is not None:
+            found[name] = replace(layer, batch_dim=batch_dim)
+            continue
+        seen = [use.shape for use in fewer[name]]
+        reasons[name] = (
+            f"none of its dimensions counts the batch's examples (of {n - 1} examples it saw {seen[0]})"
+        )
+    return found, reasons
+
+
+def _batch_dim(uses: Sequence[UseShape], fewer: Sequence[UseShape], n: int) -> int | None:
+    """The first dimension that is n in all uses, and n - 1 without the last example; 0 if nothing was seen."""
+    if not uses or not fewer:
+        return 0
+    candidates = None
+    for use, other in zip(uses, fewer, strict=False):
+        pairs = enumerate(zip(use.shape, other.shape, strict=False))
+        fitting = {dim for dim, sizes in pairs if sizes == (n, n - 1)}
+        if use.batch_dim is not None:  # known without asking
+            if use.batch_dim not in fitting:
+                return None
+            continue
+        candidates = fitting if candidates is None else candidates & fitting
+    return 0 if candidates is None else min(candidates, default=None)
+
+
+def _warn_of_doubt(shapes: Shapes, n: int, error: Exception) -> None:
+    doubtful = [
+        name
+        for name, uses in shapes.items()
+        if any(use.batch_dim is None and n in use.shape[1:-1] for use in uses)
+    ]
+    if doubtful:
+        rank_zero_warn(
+            f"InfluenceCallback: the inputs of {', '.join(doubtful)} have as many positions as the batch has "
+            f"examples ({n}). They are taken to have the examples first, which could not be "
+            f"checked ({type(error).__name__}: {error}). If not, leave them out with `layers=`."
+        )
+
+
+def _without_last_example(batch: Any, n: int) -> Any:
+    return apply_to_collection(batch, Tensor, lambda t: t[:-1].clone() if t.ndim and len(t) == n else t.clone())

@@ -1,0 +1,124 @@
+"""The layers that a fit attributes: found, checked against `.grad`, and left out with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_influence.errors import LayerError, RowIndexError
+from lightning_influence.layers import TrackedLayer, track_layers
+from lightning_influence.step import LossKind, StepCapture
+from lightning_influence.training import report
+from lightning_influence.training.layout import find_batch_dims
+from lightning_influence.training.surroundings import trainable
+from lightning_influence.training.verification import GradientCheck
+
+
+class LayerTracking:
+    """Which layers are captured, and whether their gradients were found to be whole.
+
+    Args:
+        model: in training.
+        patterns: the `layers` that the user asked for.
+        loss: how the loss's scale is known.
+
+    Attributes:
+        layers: those that are captured, by name.
+        capture: of their gradients.
+        coverage: the report on all parameters.
+        is_verified: whether a batch's gradients were compared with `.grad`.
+    """
+
+    def __init__(self, model: LightningModule, patterns: Sequence[str] | None, loss: LossKind) -> None:
+        self.model = model
+        self.layers, self.coverage = track_layers(model, patterns)
+        self.capture = StepCapture(self.layers, loss=loss)
+        self.is_verified = False
+        self._check = GradientCheck(self.layers)
+        self._trainable = trainable(model)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the same parameters are trainable as before; finetuning (un)freezes layers."""
+        return self._trainable == trainable(self.model)
+
+    def start_check(self) -> None:
+        """Just before a backward that is to be checked."""
+        self._check.start()
+
+    def verify(self, loss: Tensor) -> None:
+        """Leave out, at first, and refuse, later, layers whose captured gradients are not their whole.
+
+        Args:
+            loss: that was just back-propagated.
+
+        Raises:
+            LayerError: if a layer that was whole in the first batch is not any more, or none is left.
+        """
+        if not self.is_verified:
+            changed = "its input is changed in place before the backward"
+            self.drop(dict.fromkeys(self.capture.changed, changed))
+        calls, failures = self.capture.raw_calls()
+        self.drop(failures)
+        errors = self._check.mismatches(calls)
+        if errors is None:  # an overflow: look again at the next batch
+            return
+        reasons = {
+            name: "its weight is also used outside of its forward, or gradients flow through it twice (captured "
+            f"gradients differ from .grad by {error:.0%})"
+            for name, error in errors.items()
+        }
+        if self.is_verified and reasons:
+            name, reason = next(iter(reasons.items()))
+            raise LayerError(f"Layer {name!r}: {reason}; this was not so in the first batch.")
+        self.drop(reasons)
+        if not self.is_verified and (accounted := self.capture.accounted_for()) is not None:
+            rest = float((loss.float().sum() - accounted).abs() / loss.float().sum().abs())
+            if rest > 0.01:
+                report.warn_of_other_terms(rest)
+        self.is_verified = True
+
+    def settle(self, trainer: Trainer, batch: Any, n: int) -> None:
+        """After the first batch's backward: drop what it did not use, and find where the examples are.
+
+        Args:
+            trainer: whose precision is used.
+            batch: as `training_step` got it.
+            n: number of its examples.
+
+        Raises:
+            RowIndexError: if the rows of no layer are the batch's examples.
+        """
+        self.drop(dict.fromkeys(self.capture.unseen, "no call of it took part in the first batch's backward"))
+        shapes = self.capture.shapes()
+        found, reasons = find_batch_dims(trainer, self.model, self.layers, shapes, batch, n)
+        if not found:
+            name = next(iter(reasons))
+            raise RowIndexError(
+                f"Layer {name!r} saw {shapes[name][0].shape[0]} rows in a batch of {n} examples, nor has "
+                "another layer one row an example; leave the layer out with `layers=`, or, if a batch holds other "
+                "rows than the sampler's indices say, pass `index_fn=`."
+            )
+        self._keep({**self.layers, **found})
+        self.drop(reasons)
+
+    def drop(self, reasons: Mapping[str, str]) -> None:
+        """Stop tracking layers, and say why in the coverage.
+
+        Raises:
+            LayerError: if none is left.
+        """
+        if not reasons:
+            return
+        self.coverage = self.coverage.without(self.layers, reasons)
+        self._keep({name: layer for name, layer in self.layers.items() if name not in reasons})
+        self._check = GradientCheck(self.layers)
+        if not self.layers:
+            raise LayerError(f"No layer can be attributed:\n{self.coverage}")
+
+    def _keep(self, layers: dict[str, TrackedLayer]) -> None:
+        self.layers = layers
+        self.capture.keep(layers)

@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn.functional import conv1d, conv2d, conv3d
 from torch.nn.grad import conv2d_weight
 
 from lightning_influence.gradients.base import CHUNK_ELEMENTS, LayerGradient
@@ -107,7 +107,7 @@ class ConvGradient(LayerGradient):
             return torch.einsum("op,noi,ip->np", U, self.dense().float(), V)
         weights, *ones = V.T.split([i - self.has_ones, 1] if self.has_ones else [i], dim=1)
         filters = weights.unflatten(1, (-1, *self.geometry.kernel_size)).repeat(groups, *[1] * (self._dims + 1))
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self._dims - 1]
+        convolve = (conv1d, conv2d, conv3d)[self._dims - 1]
         products = convolve(
             self.inputs.float(),
             filters,

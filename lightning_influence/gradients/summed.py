@@ -63,6 +63,14 @@ class SummedGradient(LayerGradient):
             total = total + part.dense()
         return total
 
+    def sampled(self, positions: int, generator: torch.Generator) -> tuple[LayerGradient, float]:
+        """As many positions of each part, if that makes each of them stand for as many others."""
+        samples = [part.sampled(positions, generator) for part in self.parts]
+        weights = {weight for _, weight in samples}
+        if len(weights) > 1:
+            return self, 1.0
+        return SummedGradient(tuple(part for part, _ in samples)), weights.pop()
+
     def projections(self, U: Tensor, V: Tensor) -> Tensor:
         """Of all parts."""
         return torch.cat([part.projections(U, V) for part in self.parts])

@@ -117,6 +117,21 @@ class LayerAdapter(ABC):
         return FULL
 
 
+def summed_to(output_grad: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The gradient at a layer's own output, if the output was broadcast before anything else was done with it.
+
+    Args:
+        output_grad: in the broadcast shape, first dimension n.
+        shape: of the layer's own output.
+
+    Returns:
+        In the own shape, but for the first dimension, which counts examples.
+    """
+    shape = (1,) * (output_grad.ndim - len(shape)) + tuple(shape)
+    dims = [dim for dim in range(1, len(shape)) if shape[dim] == 1 < output_grad.shape[dim]]
+    return output_grad.sum(dims, keepdim=True) if dims else output_grad
+
+
 _ADAPTERS: list[tuple[LayerAdapter, ...]] = []
 
 

@@ -142,6 +142,8 @@ class GradientCapture:
                     calls[name] = [self.layers[name].gradient(record.use) for record in self._records[name]]
                 except LayerError as error:
                     failures[name] = str(error)
+                except Exception as error:  # of somebody's own adapter, or a use that none of ours is made for
+                    failures[name] = f"its adapter raised {type(error).__name__}: {error}"
         return calls, failures
 
     def gradients(self) -> dict[str, LayerGradient]:

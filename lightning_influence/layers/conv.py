@@ -20,10 +20,8 @@ class ConvAdapter(LayerAdapter):
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module convolves with a weight of its own."""
-        return any(
-            is_plain(module, kind) and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
-            for kind in KINDS
-        )
+        convolves = getattr(type(module), "_conv_forward", None)
+        return any(is_plain(module, kind) and convolves is kind._conv_forward for kind in KINDS)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(out_channels, in_channels / groups * places in the kernel)."""

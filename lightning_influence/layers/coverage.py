@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_influence.errors import LayerError
 from lightning_influence.layers.base import find_adapters
 from lightning_influence.layers.discovery import find_layers
-from lightning_influence.layers.reasons import NOT_CHOSEN
+from lightning_influence.layers.reasons import NOT_CHOSEN, why_unsupported
 from lightning_influence.layers.tracked import TrackedLayer
 
 
@@ -112,6 +113,7 @@ def track_layers(
         LayerError: if a pattern matches no module with trainable parameters, or nothing is left.
     """
     owners = {name: module for name, module in model.named_modules() if _own_parameters(module)}
+    _check_initialized(owners)
     _check_patterns(patterns, owners)
     chosen = {n: m for n, m in owners.items() if patterns is None or any(fnmatchcase(n, p) for p in patterns)}
     tracked, reasons = find_layers(chosen, model)
@@ -157,6 +159,12 @@ def _left_over(module: nn.Module, own: list[tuple[str, nn.Parameter]]) -> str:
 
 def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(k, p) for k, p in module.named_parameters(recurse=False) if p.requires_grad]
+
+
+def _check_initialized(owners: Mapping[str, nn.Module]) -> None:
+    for name, module in owners.items():
+        if any(is_lazy(parameter) for _, parameter in _own_parameters(module)):
+            raise LayerError(f"Layer {name!r}: {why_unsupported(module)}.")
 
 
 def _check_patterns(patterns: Sequence[str] | None, owners: Mapping[str, nn.Module]) -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from lightning_influence.errors import LayerError
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import RowGradient
-from lightning_influence.layers.base import LayerAdapter, LayerCall, register_adapter
+from lightning_influence.layers.base import LayerAdapter, LayerCall, register_adapter, summed_to
 from lightning_influence.layers.reasons import is_plain
 
 LOOKED_UP = KroneckerStructure(full_S=False)
@@ -62,20 +62,13 @@ class EmbeddingAdapter(TableAdapter):
             raise LayerError(
                 "expected indices [n, ...] with the batch first, got one index; add a batch dimension."
             )
-        output_grad = _summed_to(output_grad, (*layer_input.shape, module.embedding_dim))
+        output_grad = summed_to(output_grad, (*layer_input.shape, module.embedding_dim))
         n, leading = len(output_grad), output_grad.shape[:-1]
         rows = layer_input.expand(leading).reshape(n, -1)
         grads = output_grad.reshape(n, -1, module.embedding_dim)
         if module.padding_idx is not None:
             grads = grads * (rows != module.padding_idx).unsqueeze(-1)
         return RowGradient(module.num_embeddings, rows.long(), grads)
-
-
-def _summed_to(output_grad: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Gradients at the output of the given shape, but for its first dimension, which counts examples."""
-    shape = (1,) * (output_grad.ndim - len(shape)) + shape
-    dims = [dim for dim in range(1, len(shape)) if shape[dim] == 1 < output_grad.shape[dim]]
-    return output_grad.sum(dims, keepdim=True) if dims else output_grad
 
 
 class EmbeddingBagAdapter(TableAdapter):

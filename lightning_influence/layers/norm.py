@@ -52,21 +52,23 @@ class NormAdapter(LayerAdapter):
     def gradient(self, module: nn.Module, layer_input: Tensor, output_grad: Tensor) -> DenseGradient:
         """Of the weight, shape [n, c, 1]."""
         self.by_position(module, output_grad)  # refuses before anything is computed
-        return self._summed(module, self.normalized(module, _wide(layer_input)) * _wide(output_grad))
+        products = self.normalized(module, _wide(layer_input)) * _wide(output_grad)
+        return self._summed(module, products, output_grad.dtype)
 
     def append_bias(self, module: nn.Module, gradient: LayerGradient, call: LayerCall) -> DenseGradient:
         """Of weight and bias, shape [n, c, 2]."""
-        bias = self._summed(module, _wide(call.output_grad))
+        bias = self._summed(module, _wide(call.output_grad), call.output_grad.dtype)
         return DenseGradient(torch.cat([gradient.dense(), bias.values], dim=2))
 
     def bias_column(self, module: nn.Module, bias: Tensor) -> Tensor:
         """The bias, flattened."""
         return bias.flatten()
 
-    def _summed(self, module: nn.Module, values: Tensor) -> DenseGradient:
-        """Sums over positions in the dtype of the weight: a float16 of mixed precision would overflow."""
-        sums = self.by_position(module, values).sum(2, keepdim=True)
-        return DenseGradient(sums.to(module.get_parameter(self.weight_name).dtype))
+    def _summed(self, module: nn.Module, values: Tensor, dtype: torch.dtype) -> DenseGradient:
+        """Sums over positions, in the output gradients' dtype; but float16 of mixed precision would overflow."""
+        if dtype == torch.float16:
+            dtype = module.get_parameter(self.weight_name).dtype
+        return DenseGradient(self.by_position(module, values).sum(2, keepdim=True).to(dtype))
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ class HuggingFaceRMSNormAdapter(ElementwiseNormAdapter):
         """Of the weight; xhat is rounded to the input's dtype, as it is before it meets the weight."""
         self.by_position(module, output_grad)
         xhat = self.normalized(module, _wide(layer_input)).to(layer_input.dtype)
-        return self._summed(module, _wide(xhat) * _wide(output_grad))
+        return self._summed(module, _wide(xhat) * _wide(output_grad), output_grad.dtype)
 
     def normalized(self, module: nn.Module, layer_input: Tensor) -> Tensor:
         """Over the last dimension x / sqrt(mean(x^2) + eps)."""

@@ -110,10 +110,7 @@ def _why_not_its_type(module: nn.Module) -> str:
     bases = (kind for kind in type(module).__mro__ if issubclass(kind, nn.Module))
     base = next(kind for kind in bases if kind.__module__.startswith("torch.nn."))
     if isinstance(module, _LAYERS) and type(module).forward is not base.forward:
-        return (
-            f"{type(module).__name__} has a `forward` of its own, which may not compute what nn.{base.__name__} "
-            f"computes; {_OWN_ADAPTER}"
-        )
+        return f"it has a `forward` of its own, which may differ from that of nn.{base.__name__}; {_OWN_ADAPTER}"
     is_container = isinstance(module, nn.ParameterList | nn.ParameterDict)
     if is_container or next(module.children(), None) is not None:
         return (

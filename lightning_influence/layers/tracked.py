@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lightning_influence.errors import LayerError
 from lightning_influence.functional.structure import KroneckerStructure
-from lightning_influence.gradients import FactoredGradient, LayerGradient, RowGradient
+from lightning_influence.gradients import DenseGradient, FactoredGradient, LayerGradient, RowGradient
 from lightning_influence.layers.base import LayerAdapter, LayerCall
 from lightning_influence.layers.linear import outer_products
 
@@ -203,4 +203,4 @@ def _without_bias(gradient: LayerGradient) -> LayerGradient:
         return FactoredGradient(pad(gradient.inputs, (0, 1)), gradient.output_grads)
     if isinstance(gradient, RowGradient):
         return RowGradient(gradient.num_rows, gradient.rows, pad(gradient.grads, (0, 1)))
-    raise LayerError(f"{type(gradient).__name__} of a shared weight cannot stand beside a bias.")
+    return DenseGradient(pad(gradient.dense(), (0, 1)))

@@ -20,14 +20,26 @@ from torch.overrides import TorchFunctionMode
 from lightning_influence.layers.tracked import TrackedLayer
 
 _ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+_VIEWS = frozenset({"unsqueeze", "squeeze", "view", "reshape", "__getitem__"})
+_EXPANSIONS = frozenset({"expand", "repeat"})
 RecordLinear = Callable[[str, Tensor, Tensor, int, bool, "int | None"], None]
 
 
-class _Lookup(NamedTuple):
-    """An output that may be broadcast, and what to do when it is."""
+class _Watched(NamedTuple):
+    """An output that may be broadcast, or a sum of such, and what to do when it is."""
 
     output: Tensor  # kept, so that its id stays its own
-    on_broadcast: Callable[[Tensor], None]
+    ndim: int  # of the layer's own output
+    on_broadcast: tuple[Callable[[Tensor], None], ...]
+
+    def is_shared(self, result: Tensor) -> bool:
+        """Whether it became a larger tensor, or one with a dimension for a single example."""
+        return result.numel() > self.output.numel() or result.ndim > self.ndim
+
+    def tell(self, result: Tensor) -> None:
+        """Say that it became this tensor."""
+        for on_broadcast in self.on_broadcast:
+            on_broadcast(result)
 
 
 class WeightUses(TorchFunctionMode):
@@ -52,7 +64,14 @@ class WeightUses(TorchFunctionMode):
             if not layer.calls_are_all:
                 weight, bias = layer.parameters["weight"], layer.parameters.get("bias")
                 self._owners[id(weight)] = (name, weight, bias)
-        self._lookups: dict[int, _Lookup] = {}
+        self._attention = _attention_with(self._linear_in_attention)
+        self._attention_batch = 1
+        self._watched: dict[int, _Watched] = {}
+        self._looks = (
+            dict.fromkeys(_ADDITIONS, self._see_addition)
+            | dict.fromkeys(_VIEWS, self._see_view)
+            | dict.fromkeys(_EXPANSIONS, self._see_expansion)
+        )
 
     @staticmethod
     def are_needed(layers: Mapping[str, TrackedLayer]) -> bool:
@@ -60,12 +79,12 @@ class WeightUses(TorchFunctionMode):
         return any(not layer.calls_are_all for layer in layers.values())
 
     def watch(self, output: Tensor, on_broadcast: Callable[[Tensor], None]) -> None:
-        """Call `on_broadcast` with the sum if the output is added to a larger tensor."""
-        self._lookups[id(output)] = _Lookup(output, on_broadcast)
+        """Call `on_broadcast` with the larger tensor if the output is added to one, or expanded."""
+        self._watched[id(output)] = _Watched(output, output.ndim, (on_broadcast,))
 
     def clear(self) -> None:
         """Forget the step."""
-        self._lookups = {}
+        self._watched = {}
 
     # Without `disable`, dynamo traces this method when the user's model is compiled, and miscompiles.
     @torch.compiler.disable
@@ -78,26 +97,25 @@ class WeightUses(TorchFunctionMode):
     ) -> Any:
         """Calls the function; looks at it if it is an attention, a linear function or an addition."""
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and set(types) <= {Tensor}:  # not tensors of other classes
             return self._attend(args, kwargs)
         result = func(*args, **kwargs)
         if func is F.linear:
             self._guarded(self._see_linear, result, None, *args, **kwargs)
-        elif self._lookups and getattr(func, "__name__", "") in _ADDITIONS:
-            self._guarded(self._see_addition, result, args)
+        elif self._watched and (look := self._looks.get(getattr(func, "__name__", ""))) is not None:
+            self._guarded(look, result, args, kwargs)
         return result
 
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Torch's own attention, with its calls of `linear` seen; their inputs are [positions, batch, ...]."""
         query = args[0] if args else kwargs["query"]
-        batch = query.shape[1] if query.ndim == 3 else 1
+        self._attention_batch = query.shape[1] if query.ndim == 3 else 1
+        return self._attention(*args, **kwargs)
 
-        def linear(layer_input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            output = F.linear(layer_input, weight, bias)
-            self._guarded(self._see_linear, output, batch, layer_input, weight, bias)
-            return output
-
-        return _attention_with(linear)(*args, **kwargs)
+    def _linear_in_attention(self, layer_input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = F.linear(layer_input, weight, bias)
+        self._guarded(self._see_linear, output, self._attention_batch, layer_input, weight, bias)
+        return output
 
     def _see_linear(
         self,
@@ -123,11 +141,33 @@ class WeightUses(TorchFunctionMode):
             batch_dim = None if attention_batch is None else 1
             self._record_linear(name, input, output, first_row, has_bias, batch_dim)
 
-    def _see_addition(self, result: Any, args: tuple[Any, ...]) -> None:
-        for argument in args[:2]:
-            lookup = self._lookups.get(id(argument))
-            if lookup is not None and isinstance(result, Tensor) and result.shape != lookup.output.shape:
-                lookup.on_broadcast(result)
+    def _see_addition(self, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = [watched for argument in args[:2] if (watched := self._watched.get(id(argument))) is not None]
+        if not found or kwargs:  # `alpha` would scale the gradient
+            return
+        alike = len({(watched.output.shape, watched.ndim) for watched in found}) == 1
+        if len(found) == 2 and alike:  # what becomes of the sum becomes of both
+            tells = found[0].on_broadcast + found[1].on_broadcast
+            self._watched[id(result)] = _Watched(result, found[0].ndim, tells)
+            return
+        for watched in found:
+            if watched.is_shared(result):
+                watched.tell(result)
+
+    def _see_view(self, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Dimensions of size 1 come and go without a change to the gradient."""
+        watched = self._watched.get(id(args[0]))
+        if watched is None or not isinstance(result, Tensor):
+            return
+        if [size for size in result.shape if size > 1] == [size for size in watched.output.shape if size > 1]:
+            self._watched[id(result)] = watched._replace(output=result)
+
+    def _see_expansion(self, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watched = self._watched.get(id(args[0]))
+        if watched is None or not watched.is_shared(result):
+            return
+        if torch.broadcast_shapes(watched.output.shape, result.shape) == result.shape:  # not a larger `repeat`
+            watched.tell(result)
 
     def _guarded(self, look: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
@@ -138,16 +178,22 @@ class WeightUses(TorchFunctionMode):
 
 
 def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
-    """`F.multi_head_attention_forward` with another `linear`, also in the functions that it calls."""
+    """`F.multi_head_attention_forward` with another `linear`, also in the functions that it calls.
+
+    Where torch has other functions than these, its own is returned, and the projections are reported as unseen.
+    """
     changed: dict[str, Any] = {"linear": linear, "has_torch_function": lambda _: False}
+    attention: Any = F.multi_head_attention_forward
     for name in ("_in_projection_packed", "_in_projection"):
-        changed[name] = _rebound(getattr(F, name), changed)
-    return _rebound(F.multi_head_attention_forward, changed)
+        function = vars(F).get(name)
+        if not isinstance(function, FunctionType):
+            return attention
+        changed[name] = _rebound(function, changed)
+    return _rebound(attention, changed)
 
 
-def _rebound(function: Callable[..., Any], names: dict[str, Any]) -> FunctionType:
+def _rebound(function: FunctionType, names: dict[str, Any]) -> FunctionType:
     """The same code with other values for some of its global names."""
-    assert isinstance(function, FunctionType)
     copy = FunctionType(
         function.__code__,
         {**function.__globals__, **names},

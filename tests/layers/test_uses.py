@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_influence.layers import GradientCapture, track_layers
 from lightning_influence.step import StepCapture
+from lightning_influence.training.verification import GradientCheck
 from tests.reference.gradients import parameter_gradients
 
 N, S, E = 4, 5, 6
@@ -82,7 +83,7 @@ class Positions(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.table, self.positions, self.way = nn.Embedding(7, E), nn.Embedding(9, E), way
-        self.mix = nn.Linear(E, E)
+        self.mix, self.line, self.one = nn.Linear(E, E), nn.Linear(2, E), nn.Linear(E, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         looked_up = self.table(x)
@@ -98,6 +99,24 @@ class Positions(nn.Module):
             added += self.positions(places)
         elif self.way == "torch.add":
             added = torch.add(looked_up, self.positions(places))
+        elif self.way == "unsqueezed":
+            added = looked_up + self.positions(places).unsqueeze(0)
+        elif self.way == "indexed":
+            added = looked_up + self.positions(places)[None]
+        elif self.way == "output-expanded":
+            added = looked_up + self.positions(places).expand(len(x), -1, -1)
+        elif self.way == "output-repeated":
+            added = looked_up + self.positions(places)[None].repeat(len(x), 1, 1)
+        elif self.way == "one-for-all-places":
+            added = looked_up + self.positions(torch.tensor(3))
+        elif self.way == "sum-of-two":
+            added = looked_up + (self.positions(places) + self.positions(places.flip(0)))
+        elif self.way == "linear":
+            added = looked_up + self.line(torch.linspace(-1, 1, x.shape[1] * 2, dtype=torch.float64).view(-1, 2))
+        elif self.way == "linear-of-one-vector":
+            added = looked_up + self.line(torch.tensor([0.5, -2.0], dtype=torch.float64))
+        elif self.way == "one-feature":
+            added = looked_up + self.one(looked_up)
         elif self.way == "twice":
             found = self.positions(places)
             added = torch.tanh(looked_up + found) + found
@@ -106,12 +125,46 @@ class Positions(nn.Module):
         return self.mix(torch.tanh(added))
 
 
-@pytest.mark.parametrize("way", ["first", "second", "one-row", "in-place", "torch.add", "twice", "expanded"])
+WAYS = [
+    *("first", "second", "one-row", "in-place", "torch.add", "twice", "expanded", "unsqueezed", "indexed"),
+    *("output-expanded", "output-repeated", "one-for-all-places", "sum-of-two"),
+    *("linear", "linear-of-one-vector", "one-feature"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "s"), [(N, S), (S, S), (1, S), (N, 1)], ids=["4x5", "5x5", "1x5", "4x1"])
-def test_positions_that_all_examples_share_have_a_gradient_for_each(way: str, n: int, s: int) -> None:
-    model = seeded(lambda: Positions(way))
-    x = tokens(n, s)
-    close(captured(model, x)["positions"], true(model, x)["positions.weight"])
+def test_what_all_examples_share_has_a_gradient_for_each(way: str, n: int, s: int) -> None:
+    model, x = seeded(lambda: Positions(way)), tokens(n, s)
+    found, expected = captured(model, x), true(model, x)
+    used = {"linear": "line", "linear-of-one-vector": "line", "one-feature": "one"}.get(way, "positions")
+    if used == "positions":
+        close(found[used], expected["positions.weight"])
+    else:
+        bias = expected[f"{used}.bias"].unsqueeze(-1)
+        close(found[used], torch.cat([expected[f"{used}.weight"], bias], dim=-1))
+
+
+@pytest.mark.parametrize("way", ["scaled", "multiplied", "added-and-multiplied"])
+def test_other_ways_to_share_are_not_taken_for_additions(way: str) -> None:
+    """Their rows are not right, and the comparison with `.grad` or with one example fewer leaves them out."""
+
+    class Other(Positions):
+        def forward(self, x: Tensor) -> Tensor:
+            found, looked_up = self.positions(torch.arange(x.shape[1])), self.table(x)
+            if way == "scaled":
+                return torch.add(looked_up, found, alpha=2)
+            return looked_up * found if way == "multiplied" else (looked_up + found) * found
+
+    model, x = seeded(lambda: Other(way)), tokens()
+    tracked, _ = track_layers(model, ["positions"])
+    check = GradientCheck(tracked)
+    with GradientCapture(tracked) as capture:
+        check.start()
+        model(x).square().sum().backward()
+    calls, _ = capture.calls()
+    first = capture.shapes()["positions"][0].shape
+    assert first == (S, E) or set(check.mismatches(calls) or {}) == {"positions"}
 
 
 class Attention(nn.Module):

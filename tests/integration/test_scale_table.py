@@ -15,6 +15,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +252,13 @@ TABLE = {
 
 
 def run(case: Case, path: Path, **callback: Any) -> Task:
-    """Train as the case says; the module, whose weights are those of every row."""
+    """Train as the case says; the module, whose weights are those of every row.
+
+    Of the `nn.Linear` layers, whose factors the references know; other layers are in `tests/layers`.
+    """
     model = case.task(seeded(case.net), case.loss)
-    options = {"codec": "pairs-float32", "on_error": "raise", **case.callback, **callback}
+    layers = [f"net.{name}" for name in linear_layer_names(model.net)]
+    options = {"codec": "pairs-float32", "on_error": "raise", "layers": layers, **case.callback, **callback}
     influence = InfluenceCallback(path, **options)
     train(model, case.data(), influence, *case.callbacks(), **case.trainer())
     return model
@@ -281,7 +286,8 @@ class WeightsOfSteps(Callback):
 def test_a_row_is_the_gradient_at_the_weights_of_its_own_step(accumulation: int, tmp_path: Path) -> None:
     path, data, weights = tmp_path / "influence.h5", vector_data(26), WeightsOfSteps()
     model = Task(seeded(Classifier), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
-    influence = InfluenceCallback(path, codec="pairs-float32", on_error="raise")
+    layers = ["net.first", "net.last"]
+    influence = InfluenceCallback(path, codec="pairs-float32", on_error="raise", layers=layers)
     train(model, data, influence, weights, max_epochs=2, accumulate_grad_batches=accumulation)
 
     at_step = {step: true_gradients(net, data, SUM) for step, net in weights.nets.items()}
@@ -398,6 +404,43 @@ def test_positions_first_are_seen_even_when_as_many_as_examples(batch_size: int,
     assert {entry["batch_dim"] for entry in StoreReader(path).document("layers")} == {1}
 
 
+class TokensPositionsFirst(nn.Module):
+    """Tokens [n, s] to logits [s, n, 7], as people write it with `batch_first=False`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens.T)))
+
+
+def flattened_positions_first(outputs: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.T.flatten(), ignore_index=-100, **options)
+
+
+def test_losses_flattened_with_positions_first_are_not_given_to_examples(tmp_path: Path) -> None:
+    """Gradients are right all the same: they have one factor."""
+    path, data, net = tmp_path / "influence.h5", token_data(), seeded(TokensPositionsFirst)
+    influence = InfluenceCallback(path, codec="pairs-float32", layers=["net.head"], on_error="raise")
+    model = Task(net, flattened_positions_first)
+    train(model, data, influence)
+    one = partial(flattened_positions_first, reduction="sum")
+    assert_ratio_is_one(stored_gradients(path), true_gradients(model.net, data, one), FLOAT32)
+    assert torch.from_numpy(StoreReader(path).column("loss")).isnan().all()
+
+
+def test_unreduced_losses_flattened_with_positions_first_are_refused(tmp_path: Path) -> None:
+    """Each would need the factor of its own example."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return flattened_positions_first(outputs, targets, reduction="none").sum() / 7
+
+    influence = InfluenceCallback(tmp_path / "influence.h5", on_error="raise")
+    with pytest.raises(LossNotRecognizedError, match="put the batch first before the loss"):
+        train(Task(seeded(TokensPositionsFirst), loss), token_data(), influence)
+
+
 # Layers that are left out, and say so -----------------------------------------------------------------
 
 
@@ -423,7 +466,7 @@ def test_a_layer_without_exact_gradients_is_left_out_and_the_others_stay_exact(
     make: Callable[[], nn.Module], reasons: dict[str, str], tmp_path: Path
 ) -> None:
     path, case = tmp_path / "influence.h5", Case(net=make)
-    model = run(case, path)
+    model = run(case, path, layers=None)
 
     report = StoreReader(path).document("coverage")
     uncovered = {layer.name: layer.reason for layer in Coverage.from_builtins(report).uncovered}
@@ -504,7 +547,8 @@ def test_eigen_coordinates_are_within_their_own_bound(
 ) -> None:
     path, options = tmp_path / "influence.h5", {"max_epochs": epochs}
     model = Task(seeded(TokenModel), per_token)
-    influence = InfluenceCallback(path, codec="eigen", on_error="raise")
+    layers = ["net.down", "net.mix", "net.head"]
+    influence = InfluenceCallback(path, codec="eigen", on_error="raise", layers=layers)
     train(model, data(), influence, loader_options={"collate_fn": padded}, **options)
 
     store = StoreReader(path)

@@ -63,6 +63,8 @@ class Block:
     def concatenate(cls, blocks: Sequence[Block]) -> Block:
         """One block of several; examples with fewer positions are padded with zeros."""
         first = blocks[0]
+        if len(blocks) == 1:
+            return first
         return cls(
             np.concatenate([block.indices for block in blocks]),
             {name: np.concatenate([block.columns[name] for block in blocks]) for name in first.columns},

@@ -62,7 +62,8 @@ class InfluenceCallback(Callback):
             or "sum" declares what the value that `training_step` returns is over the examples.
         bytes_per_example: budget of the eigen codec over all its layers.
         covariance_positions: of layers used on sequences or images, how many positions of each example enter
-            the covariances from which the eigenbasis is made; None takes all. The rows are exact either way.
+            the covariances from which the eigenbasis is made, drawn with a fixed seed; None takes all. Rows and
+            eigenvalues are exact either way (`examples/benchmarks/covariance_positions.py` measures the rest).
         on_error: "warn": a failure of ours ends capture with one warning, and training goes on;
             "raise": it ends training.
         index_fn: a function from a batch to the dataset index of each row, for data whose sampler
@@ -82,7 +83,7 @@ class InfluenceCallback(Callback):
         fisher: Literal["empirical"] = "empirical",
         loss: LossKind = "auto",
         bytes_per_example: int = 8192,
-        covariance_positions: int | None = None,
+        covariance_positions: int | None = 32,
         on_error: OnError = "warn",
         index_fn: Callable[[Any], Sequence[int] | Tensor] | None = None,
     ) -> None:

@@ -20,7 +20,7 @@ from lightning_influence.factors import EigenvalueCorrection, KroneckerCovarianc
 from lightning_influence.functional.kronecker import diagonal_basis
 from lightning_influence.functional.quantize import RowDtype
 from lightning_influence.functional.structure import FULL, KroneckerStructure
-from lightning_influence.gradients import FactoredGradient, LayerGradient
+from lightning_influence.gradients import Coordinates, FactoredGradient, LayerGradient
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.scoring import ScoredLayer
 
@@ -103,9 +103,13 @@ class LayerRecord(ABC):
 
     codec: Codec
 
+    def reduce(self, gradient: LayerGradient) -> LayerGradient:
+        """What `add` needs of the gradients, if that is less; does not matter which of them are finite."""
+        return gradient
+
     @abstractmethod
     def add(self, gradient: LayerGradient) -> dict[str, Tensor]:
-        """Take in a block of finite gradients; returns their rows."""
+        """Take in a block of finite gradients, reduced; returns their rows."""
 
     @abstractmethod
     def finish(self, blocks: Iterable[Mapping[str, Tensor]]) -> ScoredLayer:
@@ -140,17 +144,34 @@ class RowsFirstRecord(LayerRecord):
 
 
 class EigenRecord(LayerRecord):
-    """Basis first, Lambda along with the rows."""
+    """Basis first, Lambda along with the rows.
 
-    def __init__(self, codec: EigenCodec) -> None:
+    Only the coordinates that rows keep are made of every example. All that is asked of the others' Lambda is
+    their mean, for the damping, so theirs is that of the first examples.
+
+    Args:
+        codec: for the rows.
+        first_Lambda: of the first examples, by which the codec's coordinates were chosen.
+    """
+
+    def __init__(self, codec: EigenCodec, first_Lambda: Tensor) -> None:
         self.codec: EigenCodec = codec
+        self.first_Lambda = first_Lambda
         self.eigenvalues = EigenvalueCorrection(codec.basis).to(codec.coordinates.device)
 
+    def reduce(self, gradient: LayerGradient) -> Coordinates:
+        """The kept coordinates."""
+        return Coordinates(self.codec.selection.of(gradient).unsqueeze(1))
+
     def add(self, gradient: LayerGradient) -> dict[str, Tensor]:
-        """Sum the squared coordinates and round the leading ones."""
-        kept = self.eigenvalues.update_and_select(gradient, self.codec.coordinates)
-        return self.codec.encode_coordinates(kept)
+        """Sum the squares of the kept coordinates and round them."""
+        coordinates = gradient.dense()[:, 0]
+        self.eigenvalues.update_some(coordinates, self.codec.coordinates)
+        return self.codec.encode_coordinates(coordinates)
 
     def finish(self, blocks: Iterable[Mapping[str, Tensor]]) -> ScoredLayer:
-        """Lambda over everything added."""
-        return ScoredLayer(self.codec.basis, self.eigenvalues.compute(), self.codec)
+        """Lambda over everything added, where there are coordinates."""
+        Lambda = self.first_Lambda.flatten().clone()
+        kept = self.codec.coordinates
+        Lambda[kept] = self.eigenvalues.compute().flatten()[kept]
+        return ScoredLayer(self.codec.basis, Lambda.view_as(self.first_Lambda), self.codec)

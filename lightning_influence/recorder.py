@@ -1,6 +1,6 @@
 """The core of capture without any framework: blocks of gradients in, one finished file out.
 
-Steps are buffered into blocks of about a thousand examples, so that covariances, rounding and
+Steps are buffered into blocks of up to a thousand examples, so that covariances, rounding and
 writing cost a few large operations instead of many small ones. A layer that needs an eigenbasis and
 has none yet sends all blocks to a temporary spool, which is read again once at the end.
 """
@@ -23,14 +23,16 @@ from lightning_influence.errors import CaptureError, LayerError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
-from lightning_influence.gradients import FactoredGradient
+from lightning_influence.gradients import Coordinates, FactoredGradient, LayerGradient
 from lightning_influence.layer_record import EigenRecord, LayerPlan, LayerRecord, RowsFirstRecord
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import StepGradients
 from lightning_influence.store import COLUMNS, ArraySpec, StoreWriter
 
 BLOCK_EXAMPLES = 1024
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 4 * 2**20  # larger steps gain nothing from being joined, and copying them costs
+FIRST_EXAMPLES = 256  # at least, unless they take very much memory, by whose Lambda coordinates are chosen
+FIRST_BYTES = 2**30
 READ_EXAMPLES = 4096
 COLUMN_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
 
@@ -89,6 +91,8 @@ class Recorder:
             if not plan.structure.is_diagonal
             and (keep_covariances or plan.codec != "eigen" or name in without_basis)
         }
+        self._chooses_coordinates = any(plan.codec == "eigen" for plan in plans.values())
+        self._is_first = True  # the next block, by which coordinates are chosen
         self._records: dict[str, LayerRecord] = {}
         self._buffer: list[Block] = []
         self._invalid: list[Block] = []
@@ -105,10 +109,27 @@ class Recorder:
         """
         self._check_positions(step)
         self.loss = self.loss or step.scale.description
+        step = StepGradients({name: self.reduce(name, g) for name, g in step.gradients.items()}, step.scale)
         self._buffer.append(Block.of_step(step, indices, step_index, learning_rate))
         examples = sum(len(block) for block in self._buffer)
-        if examples >= BLOCK_EXAMPLES or sum(block.nbytes for block in self._buffer) >= BLOCK_BYTES:
+        most, size = BLOCK_EXAMPLES, BLOCK_BYTES
+        if self._is_first and self._chooses_coordinates:
+            most, size = min(FIRST_EXAMPLES, BLOCK_EXAMPLES), FIRST_BYTES
+        if examples >= most or sum(block.nbytes for block in self._buffer) >= size:
             self._flush()
+
+    @property
+    def reduced_layers(self) -> frozenset[str]:
+        """Layers of which `reduce` takes a part; for these it may be called as soon as there are gradients."""
+        return frozenset(name for name, record in self._records.items() if isinstance(record, EigenRecord))
+
+    def reduce(self, name: str, gradient: LayerGradient) -> LayerGradient:
+        """What rows will need of a layer's gradients, once it is known; call it once for each step."""
+        if name not in self.reduced_layers or isinstance(gradient, Coordinates):
+            return gradient
+        if name in self._covariances:
+            self._covariances[name].to(gradient.device).update(gradient.finite())
+        return self._records[name].reduce(gradient)
 
     def next_bases(self) -> dict[str, Eigenbasis]:
         """Eigenbases of what was seen so far, for the layers with the eigen codec."""
@@ -198,12 +219,13 @@ class Recorder:
         if not self._buffer:
             return
         block, invalid = Block.concatenate(self._buffer).split_invalid()
-        self._buffer = []
+        self._buffer, self._is_first = [], False
         self._invalid.append(invalid)
         if not len(block):
             return
         for name, metric in self._covariances.items():
-            metric.to(block.device).update(block.gradients[name])
+            if not isinstance(block.gradients[name], Coordinates):
+                metric.to(block.device).update(block.gradients[name])
         if self._spool is None:
             self._write(block)
         else:
@@ -214,7 +236,11 @@ class Recorder:
             self._bases = {name: _basis_on(block.device, basis) for name, basis in self._bases.items()}
             self._records = self._begin(block)
             self.writer.create({name: _specs(record.codec) for name, record in self._records.items()})
-        arrays = {name: _to_numpy(r.add(block.gradients[name])) for name, r in self._records.items()}
+        gradients = block.gradients
+        arrays = {
+            name: _to_numpy(record.add(g if isinstance(g := gradients[name], Coordinates) else record.reduce(g)))
+            for name, record in self._records.items()
+        }
         self.writer.write_rows(block.indices, columns=block.columns, arrays=arrays)
 
     def _begin(self, block: Block) -> dict[str, LayerRecord]:
@@ -223,7 +249,7 @@ class Recorder:
         first = {name: second_moment_sum(block.gradients[name], eigen[name]) / len(block) for name in eigen}
         chosen = select_coordinates(first, self._bytes_per_example) if eigen else {}
         return {
-            name: EigenRecord(EigenCodec(eigen[name], *chosen[name]))
+            name: EigenRecord(EigenCodec(eigen[name], *chosen[name]), first[name])
             if name in eigen
             else RowsFirstRecord(plan.codec_without_basis(), self._covariances.get(name))
             for name, plan in self.plans.items()

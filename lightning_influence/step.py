@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -125,20 +125,30 @@ class StepCapture:
         """Gradients of each use of the layers that were seen, as back-propagated, and why others have none."""
         return self._hooks.calls()
 
-    def gradients(self, n: int | None = None, *, backpropagated_factor: float = 1.0) -> StepGradients:
+    def gradients(
+        self,
+        n: int | None = None,
+        *,
+        backpropagated_factor: float = 1.0,
+        reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]] | None = None,
+        names: Collection[str] | None = None,
+    ) -> StepGradients:
         """Per-example gradients after the backward; forgets the step.
 
         Args:
             n: the number of examples in the batch; None takes the number of rows that layers saw.
             backpropagated_factor: with a declared loss, what it was multiplied with before the
                 backward (1 / accumulation, times the AMP scale).
+            reduce: by layer, what to make of its gradients at once, so that its inputs need no copy.
+            names: of the layers to make gradients of; None takes all.
 
         Raises:
             LossNotRecognizedError: if the loss's scale cannot be known.
             LayerError: if no layer was seen.
             RowIndexError: if a layer's rows are not the batch's n examples.
         """
-        raw = self._hooks.gradients()
+        wanted = self.layers if names is None else {name: self.layers[name] for name in names}
+        raw = self._hooks.gradients(wanted)
         if not raw:
             raise LayerError(
                 f"None of the {len(self.layers)} tracked layers took part in a backward; they are: "
@@ -151,10 +161,14 @@ class StepCapture:
         nearest = self.layers.get(self._hooks.nearest_to_loss)
         if nearest is not None and nearest.batch_dim != 0:
             scale = scale.of_positions_first()
-        gradients = {
-            name: raw[name].rescaled(scale.factor) if name in raw else _zeros(layer, n, scale.losses)
-            for name, layer in self.layers.items()
-        }
+        gradients, shared, reduce = {}, self._hooks.storages(), reduce or {}
+        for name, layer in wanted.items():
+            if name not in raw:
+                gradients[name] = _zeros(layer, n, scale.losses)
+            elif name in reduce:
+                gradients[name] = reduce[name](raw[name].rescaled(scale.factor, frozenset()))
+            else:
+                gradients[name] = raw[name].rescaled(scale.factor, shared)
         self.clear()
         return StepGradients(gradients, scale)
 

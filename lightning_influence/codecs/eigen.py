@@ -10,6 +10,7 @@ Error: a kept entry of z is off by at most max|group of 64| / 254; what is not k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.codecs.base import Codec, register_codec
-from lightning_influence.functional.eigenvalues import moments_and_coordinates
+from lightning_influence.functional.coordinates import CoordinateSelection
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.quantize import (
     GROUP,
@@ -60,6 +61,11 @@ class EigenCodec(Codec):
             raise ValueError(f"`coordinates` must lie in [0, {o * i}) for shape {(o, i)}, got {found}")
         self.basis, self.coordinates, self.whitening = basis, coordinates, whitening
 
+    @functools.cached_property
+    def selection(self) -> CoordinateSelection:
+        """What makes the kept coordinates of gradients."""
+        return CoordinateSelection(self.basis, self.coordinates)
+
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """`codes` and their `scales`."""
         k = len(self.coordinates)
@@ -67,7 +73,7 @@ class EigenCodec(Codec):
 
     def encode(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """Rotate, select, whiten, round."""
-        return self.encode_coordinates(moments_and_coordinates(gradient, self.basis, self.coordinates)[1])
+        return self.encode_coordinates(self.selection.of(gradient))
 
     def encode_coordinates(self, kept: Tensor) -> dict[str, Tensor]:
         """The arrays of coordinates [n, k] that were selected already."""
@@ -128,16 +134,22 @@ def select_coordinates(Lambdas: Mapping[str, Tensor], bytes_per_example: int) ->
     for_codes = bytes_per_example - 4 * len(Lambdas)  # the last group of each layer may be short
     budget = max(1, int(for_codes / BYTES_PER_COORDINATE))
     damped = {name: Lambda + WHITENING_DAMPING * Lambda.mean() for name, Lambda in Lambdas.items()}
-    signal = {name: (Lambdas[name] / damped[name].where(damped[name] > 0, 1)).flatten() for name in Lambdas}
-    everything = torch.cat(list(signal.values()))
+    signal = {name: Lambdas[name] / damped[name].where(damped[name] > 0, 1) for name in Lambdas}
+    chosen = {}
+    for name, coordinates in _largest(signal, budget).items():
+        whitening = damped[name].flatten()[coordinates].sqrt()
+        chosen[name] = (coordinates, whitening.where(whitening > 0, 1))
+    return chosen
+
+
+def _largest(signal: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """The places of the largest values of all layers together, by layer, largest first; at least one each."""
+    everything = torch.cat([values.flatten() for values in signal.values()])
     kept = everything.topk(min(budget, len(everything))).indices
     chosen, start = {}, 0
     for name, values in signal.items():
-        inside = (kept >= start) & (kept < start + len(values))
+        inside = (kept >= start) & (kept < start + values.numel())
         coordinates = kept[inside] - start  # topk sorts: most important first
-        if not len(coordinates):
-            coordinates = values.argmax()[None]
-        start += len(values)
-        whitening = damped[name].flatten()[coordinates].sqrt()
-        chosen[name] = (coordinates, whitening.where(whitening > 0, 1))
+        chosen[name] = coordinates if len(coordinates) else values.argmax()[None]
+        start += values.numel()
     return chosen

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.factors.base import SumMetric
-from lightning_influence.functional.eigenvalues import moments_and_coordinates, second_moment_sum
+from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.gradients import LayerGradient
 
@@ -33,20 +33,15 @@ class EigenvalueCorrection(SumMetric):
         self.squares += second_moment_sum(gradient, self.basis)
         self.examples += len(gradient)
 
-    def update_and_select(self, gradient: LayerGradient, kept: Tensor) -> Tensor:
-        """Add a batch, and return some of its coordinates, which are made only once.
+    def update_some(self, coordinates: Tensor, kept: Tensor) -> None:
+        """Add a batch of which some coordinates are at hand; `compute` is right at these only.
 
         Args:
-            gradient: of n examples.
-            kept: int64 [k], places in the flattened [o, i].
-
-        Returns:
-            Shape [n, k].
+            coordinates: of the gradients in the basis, shape [n, k].
+            kept: int64 [k], their places in the flattened [o, i], each once.
         """
-        squares, coordinates = moments_and_coordinates(gradient, self.basis, kept)
-        self.squares += squares
-        self.examples += len(gradient)
-        return coordinates
+        self.squares.view(-1)[kept] += coordinates.square().sum(0)
+        self.examples += len(coordinates)
 
     def compute(self) -> Tensor:
         """Lambda [o, i] over everything seen."""

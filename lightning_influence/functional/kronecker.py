@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import FactoredGradient, LayerGradient, RowGradient
@@ -129,4 +130,5 @@ def _descending_eigh(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if not factor.isfinite().all():
         raise ValueError(f"The covariance {name} of shape {tuple(factor.shape)} is not finite.")
     values, vectors = torch.linalg.eigh(factor.to("cpu", torch.float64))
+    vectors = hardshrink(vectors, 1e-12)  # rounding errors, which would become subnormal numbers in products
     return vectors.flip(-1).to(factor), values.flip(-1).clamp(min=0).to(factor)

@@ -11,14 +11,15 @@ from lightning_influence.gradients import CHUNK_ELEMENTS, FactoredGradient, Laye
 def inner_products(gradient: LayerGradient, matrices: Tensor) -> Tensor:
     """<matrices_q, G_n> for all pairs, shape [q, n].
 
-    For factored gradients one matrix product of n s q o i multiply-adds; what it holds at a time is
-    the smaller of [n s, q o] and [n s, q i], in chunks of examples of at most 64 MB.
+    Of gradients that are one outer product, or with one matrix, n s q o i multiply-adds in factors; what this
+    holds at a time is the smaller of [n s, q o] and [n s, q i], in chunks of examples of at most 64 MB. Of
+    others n (s + q) o i, with the gradients made whole, likewise in chunks.
 
     Args:
         gradient: n examples.
         matrices: shape [q, o, i].
     """
-    if not isinstance(gradient, FactoredGradient):
+    if not isinstance(gradient, FactoredGradient) or (gradient.positions > 1 and len(matrices) > 1):
         parts = [matrices.flatten(1) @ dense.flatten(1).T for _, dense in gradient.dense_chunks()]
         return torch.cat(parts, dim=1) if parts else matrices.new_zeros(len(matrices), 0)
     q, o, i = matrices.shape

@@ -1,8 +1,8 @@
 """Per-example gradients of one layer, in the form in which they are cheapest."""
 
-from lightning_influence.gradients.base import CHUNK_ELEMENTS, LayerGradient
+from lightning_influence.gradients.base import CHUNK_ELEMENTS, LayerGradient, chunk_elements
 from lightning_influence.gradients.convolution import ConvGradient, TransposedConvGradient
-from lightning_influence.gradients.dense import DenseGradient
+from lightning_influence.gradients.dense import Coordinates, DenseGradient
 from lightning_influence.gradients.factored import FactoredGradient
 from lightning_influence.gradients.geometry import ConvGeometry
 from lightning_influence.gradients.rows import RowGradient
@@ -12,6 +12,7 @@ __all__ = [
     "CHUNK_ELEMENTS",
     "ConvGeometry",
     "ConvGradient",
+    "Coordinates",
     "DenseGradient",
     "FactoredGradient",
     "LayerGradient",
@@ -19,5 +20,6 @@ __all__ = [
     "SummedGradient",
     "TransposedConvGradient",
     "add_calls",
+    "chunk_elements",
     "concatenate",
 ]

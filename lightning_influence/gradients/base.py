@@ -11,12 +11,17 @@ here; all of them answer the same few questions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 
 import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 16 * 2**20  # of dense gradients held at a time: 64 MB in float32
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements of dense gradients to hold at a time: on a CPU few enough to stay in its cache."""
+    return min(CHUNK_ELEMENTS, 2**20) if device.type == "cpu" else CHUNK_ELEMENTS
 
 
 class LayerGradient(ABC):
@@ -85,18 +90,23 @@ class LayerGradient(ABC):
         """The same gradients on a device."""
         return self.with_tensors([tensor.to(device) for tensor in self.tensors])
 
-    def rescaled(self, factor: Tensor) -> LayerGradient:
-        """A float32 copy, each example's gradient times its factor.
+    def rescaled(self, factor: Tensor, shared: Set[int] | None = None) -> LayerGradient:
+        """Float32, each example's gradient times its factor, without memory in common with the `shared`.
 
         Args:
             factor: shape [] or [n].
+            shared: addresses of the storages that somebody else may change; None for all.
         """
         *others, linear = self.tensors
         factor = factor.float().to(linear.device)
         if factor.ndim:
             factor = factor.reshape(-1, *[1] * (linear.ndim - 1))
-        copies = [t.to(torch.float32, copy=True) if t.is_floating_point() else t.clone() for t in others]
-        return self.with_tensors([*copies, linear.float() * factor])
+        return self.with_tensors([*(_own(tensor, shared) for tensor in others), linear.float() * factor])
+
+    def finite(self) -> LayerGradient:
+        """The examples that can enter sums of squares; the gradients themselves if all can."""
+        is_finite = self.is_finite()
+        return self if is_finite.all() else self[is_finite]
 
     def is_finite(self) -> Tensor:
         """Whether an example can enter sums of squares: bool [n], False for NaN, infinity and overflow."""
@@ -107,7 +117,7 @@ class LayerGradient(ABC):
     def dense_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Some examples at a time and their dense gradients, of at most 64 MB unless one alone is larger."""
         o, i = self.shape
-        step = max(1, CHUNK_ELEMENTS // (o * i))
+        step = max(1, chunk_elements(self.device) // (o * i))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
             yield rows, self[rows].dense()
@@ -140,3 +150,10 @@ class LayerGradient(ABC):
             TypeError: if the form has no inputs to append a 1 to.
         """
         raise TypeError(f"{type(self).__name__} has no inputs; override the adapter's `append_bias`.")
+
+
+def _own(tensor: Tensor, shared: Set[int] | None) -> Tensor:
+    """The tensor, in float32 unless it counts something; a copy of it if it lies in a shared storage."""
+    found = tensor.float() if tensor.is_floating_point() else tensor
+    is_shared = shared is None or tensor.untyped_storage().data_ptr() in shared
+    return found.clone() if found is tensor and is_shared else found

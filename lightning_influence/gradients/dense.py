@@ -47,3 +47,12 @@ class DenseGradient(LayerGradient):
     def projections(self, U: Tensor, V: Tensor) -> Tensor:
         """Of each example, shape [n, p]."""
         return torch.einsum("op,noi,ip->np", U, self.values.float(), V)
+
+
+@dataclass(frozen=True)
+class Coordinates(DenseGradient):
+    """What rows keep of gradients: chosen coordinates in an eigenbasis, as values [n, 1, k]."""
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Coordinates:
+        """Of other values."""
+        return Coordinates(*tensors)

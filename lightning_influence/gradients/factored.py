@@ -56,6 +56,10 @@ class FactoredGradient(LayerGradient):
         """Of other inputs and output gradients."""
         return FactoredGradient(*tensors)
 
+    def __getitem__(self, rows: Tensor | slice) -> FactoredGradient:
+        """The same layer's gradients for some of the examples."""
+        return FactoredGradient(self.inputs[rows], self.output_grads[rows])
+
     def dense(self) -> Tensor:
         """The gradients themselves, shape [n, o, i]."""
         return self.output_grads.mT @ self.inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ class SummedGradient(LayerGradient):
             parts.append(part.with_tensors(taken))
         return SummedGradient(tuple(parts))
 
-    def rescaled(self, factor: Tensor) -> SummedGradient:
+    def rescaled(self, factor: Tensor, shared: Set[int] | None = None) -> SummedGradient:
         """Every part times the factor."""
-        return SummedGradient(tuple(part.rescaled(factor) for part in self.parts))
+        return SummedGradient(tuple(part.rescaled(factor, shared) for part in self.parts))
 
     def is_finite(self) -> Tensor:
         """Whether all parts are."""

@@ -28,9 +28,14 @@ class LayerCall:
     output_grad: Tensor
 
     @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All arguments."""
+        return *self.args, *self.kwargs.values()
+
+    @property
     def layer_input(self) -> Tensor:
         """The first argument."""
-        return next(iter((*self.args, *self.kwargs.values())))
+        return self.arguments[0]
 
     def argument(self, place: int, name: str) -> Any:
         """An argument by its place or name; None if it was not passed."""

@@ -9,7 +9,7 @@ in-place ReLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -130,6 +130,17 @@ class GradientCapture:
             if self._records.get(name)
         }
 
+    def storages(self) -> set[int]:
+        """Addresses of the model's own tensors that the records refer to."""
+        uses = [record.use for records in self._records.values() for record in records]
+        tensors = [
+            value
+            for use in uses
+            for value in ((use.layer_input,) if isinstance(use, LinearUse) else use[1].arguments)
+            if isinstance(value, Tensor)
+        ]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
     def calls(self) -> tuple[dict[str, list[LayerGradient]], dict[str, str]]:
         """Gradients of each use by itself, and by layer why they cannot be had.
 
@@ -146,13 +157,14 @@ class GradientCapture:
                     failures[name] = f"its adapter raised {type(error).__name__}: {error}"
         return calls, failures
 
-    def gradients(self) -> dict[str, LayerGradient]:
-        """Gradients as back-propagated (no scale divided out) of every layer that was seen.
+    def gradients(self, names: Collection[str] | None = None) -> dict[str, LayerGradient]:
+        """Gradients as back-propagated (no scale divided out) of every layer that was seen, or some of them.
 
         Raises:
             LayerError: naming the layer whose inputs do not have the batch first, or were changed.
         """
-        return {name: self._gradient(name) for name in self.layers if self._records.get(name)}
+        wanted = self.layers if names is None else names
+        return {name: self._gradient(name) for name in self.layers if name in wanted and self._records.get(name)}
 
     def _gradient(self, name: str) -> LayerGradient:
         layer, records = self.layers[name], self._records[name]

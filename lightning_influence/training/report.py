@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -75,30 +75,48 @@ def report_file(
         )
 
 
-def warn_of_losses(agreement: Agreement) -> None:
-    """Say what to do about rows that aged or are coarse; NaN, not measured, is neither."""
+def warn_of_losses(agreement: Agreement, codecs: Collection[str], normalizations: Sequence[str]) -> None:
+    """Say what to do about rows that aged or are coarse; NaN, not measured, is neither.
+
+    Args:
+        agreement: as measured.
+        codecs: of the layers.
+        normalizations: the layers that `normalizations_over_the_batch` found in the captured epoch.
+    """
     if agreement.codec < COARSE_BELOW:
+        advice = []
+        if "eigen" in codecs:
+            advice.append("pass a larger `bytes_per_example`")
+        if "pairs" in codecs:
+            advice.append('bring the inputs to one scale, or pass `codec="pairs-float16"`')
         rank_zero_warn(
             f"InfluenceCallback: the stored rows are coarse (Spearman {agreement.codec:.3f} with exact "
-            f"gradients, below {COARSE_BELOW}). Bring the inputs to one scale, or pass "
-            '`codec="pairs-float16"` or a larger `bytes_per_example`.'
+            f"gradients, below {COARSE_BELOW}). What helps: {'; '.join(advice) or 'a finer codec'}."
         )
     if agreement.staleness < STALE_BELOW:
+        cause = "Let the learning rate decay towards zero in the final epoch."
+        if normalizations:
+            cause += (
+                f" Part of it is that {normalizations[0]} and its like normalize over the batch in training and not "
+                "when asked: `.eval()` them in the last two epochs, if training is as good with that."
+            )
         rank_zero_warn(
             f"InfluenceCallback: rows aged within the epoch (Spearman {agreement.staleness:.3f} with the final "
-            f"weights, below {STALE_BELOW}). Let the learning rate decay towards zero in the final epoch."
+            f"weights, below {STALE_BELOW}). {cause}"
         )
 
 
-def warn_of_coupling(model: nn.Module) -> None:
-    """Batch statistics make an example's gradient depend on its batch."""
-    coupled = [
-        name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training
-    ]
-    if coupled:
+def normalizations_over_the_batch(model: nn.Module) -> list[str]:
+    """The layers whose batch statistics make an example's gradient depend on its batch."""
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+
+
+def warn_of_coupling(normalizations: Sequence[str]) -> None:
+    """Say what rows hold where examples depend on their batch."""
+    if normalizations:
         rank_zero_warn(
-            f"InfluenceCallback: {', '.join(coupled[:3])} normalize over the batch in training, so a row holds "
-            "what the batch's loss owes to its example, and scores of queries, in eval mode, are approximate."
+            f"InfluenceCallback: {', '.join(normalizations[:3])} normalize over the batch in training, so a row "
+            "holds what the batch's loss owes to its example, and scores of queries, in eval mode, are approximate."
         )
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.weights import weights_hash
+from lightning_influence.gradients import LayerGradient
 from lightning_influence.layer_record import CodecName, LayerPlan, plan_layers
 from lightning_influence.recorder import Recorder
 from lightning_influence.step import LossKind, StepGradients
@@ -35,7 +37,7 @@ from lightning_influence.training.surroundings import (
 )
 from lightning_influence.training.tracking import LayerTracking
 
-CHECKED_SHARE = 0.25  # of the captured batches after the first, at random: nothing periodic slips through
+CHECKED_SHARE = 0.1  # of the captured batches after the first, at random: nothing periodic slips through
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class CaptureSession:
         self._backwards = 0
         self._staleness = StalenessProbe()
         self._agreement = Agreement()
+        self._normalizations: list[str] | None = None
         self._skips_rest = False
         self._random = random.Random(0)  # an own generator
 
@@ -217,7 +220,8 @@ class CaptureSession:
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             report.warn_of_no_file(self.options.path, wanted)
-        report.warn_of_losses(self._agreement)
+        codecs = {plan.codec for plan in self._plans.values()}
+        report.warn_of_losses(self._agreement, codecs, self._normalizations or ())
 
     def disarm(self) -> None:
         """Remove the hooks; may be called at any time."""
@@ -275,21 +279,29 @@ class CaptureSession:
             batch, self._first_batch = self._first_batch, None
             self._tracking.settle(self.trainer, batch, len(self._batch_rows))
         factor = self._batch_facts["factor"]
-        return self._tracking.capture.gradients(len(self._batch_rows), backpropagated_factor=factor)
+        recorder, capture, n = self._recorder, self._tracking.capture, len(self._batch_rows)
+        reduce = {name: partial(recorder.reduce, name) for name in recorder.reduced_layers} if recorder else {}
+        names = None
+        if self._prepares_bases() and not self._records_rows():
+            names = [name for name, plan in self._plans.items() if plan.needs_basis]
+            reduce = {name: partial(self._add_to_covariance, name) for name in names}
+        return capture.gradients(n, backpropagated_factor=factor, reduce=reduce, names=names)
+
+    def _add_to_covariance(self, name: str, gradient: LayerGradient) -> LayerGradient:
+        """Towards the next epoch's basis of a layer; nothing else of the gradients is wanted."""
+        plan = self._plans[name]
+        if name not in self._covariances:
+            positions = self.options.covariance_positions
+            self._covariances[name] = KroneckerCovariance(plan.shape, plan.structure, positions=positions)
+        self._covariances[name].to(gradient.device).update(gradient.finite())
+        return gradient[:0]
 
     def _take_in(self, step: StepGradients, rows: np.ndarray, facts: dict[str, float]) -> None:
         if not self._plans:
             self._make_plans(step)
-        if self._prepares_bases():
-            for name, plan in self._plans.items():
-                if plan.needs_basis:
-                    gradient = step.gradients[name]
-                    if name not in self._covariances:
-                        positions = self.options.covariance_positions
-                        self._covariances[name] = KroneckerCovariance(
-                            plan.shape, plan.structure, positions=positions
-                        )
-                    self._covariances[name].to(gradient.device).update(gradient[gradient.is_finite()])
+            if self._prepares_bases() and not self._records_rows():
+                for name in (name for name, plan in self._plans.items() if plan.needs_basis):
+                    self._add_to_covariance(name, step.gradients[name])
         if self._records_rows():
             if self._recorder is None:
                 self._recorder = self._make_recorder()
@@ -301,7 +313,6 @@ class CaptureSession:
                 "The training dataset has no length, so its rows have no place; give it a `__len__`."
             )
         self._plans = plan_layers(self._tracking.layers, step.gradients, self.options.codec)
-        report.warn_of_coupling(self.model)
         report.warn_of_weights(step.scale.factor)
         assert self._schedule is not None
         report.announce(
@@ -316,6 +327,9 @@ class CaptureSession:
     def _make_recorder(self) -> Recorder:
         assert self._schedule is not None
         assert self._indices.num_examples is not None
+        if self._normalizations is None:  # said once
+            self._normalizations = report.normalizations_over_the_batch(self.model)
+            report.warn_of_coupling(self._normalizations)
         return Recorder(
             self.path,
             self._plans,

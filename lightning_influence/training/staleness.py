@@ -23,8 +23,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.curvature import HeuristicDamping, get_curvature
+from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.products import inner_products
-from lightning_influence.gradients import CHUNK_ELEMENTS, LayerGradient, concatenate
+from lightning_influence.gradients import CHUNK_ELEMENTS, FactoredGradient, LayerGradient, concatenate
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
@@ -165,7 +166,14 @@ def rank_agreement(
         projected = layer.codec.project(asked, layer.basis)
         scores[0] += layer.codec.scores(projected, stored[name]).cpu()
         scores[1] += layer.codec.scores(projected, layer.codec.encode(final[name])).cpu()
-        scores[2] += inner_products(final[name], layer.basis.rotate_back(asked)).cpu()
+        scores[2] += _exact_scores(layer.basis, asked, final[name]).cpu()
     others = ~torch.eye(queries, examples, dtype=torch.bool)  # a query's own row is no news
     aged, now, exact = (each[others].view(queries, examples - 1) for each in scores)
     return Agreement(mean_rank_correlation(aged, now), mean_rank_correlation(now, exact))
+
+
+def _exact_scores(basis: Eigenbasis, asked: Tensor, gradient: LayerGradient) -> Tensor:
+    """Inner products of queries [q, o, i] in the eigenbasis with gradients, rotating what is smaller."""
+    if isinstance(gradient, FactoredGradient) and gradient.positions == 1:
+        return inner_products(basis.rotate_factors(gradient), asked)
+    return inner_products(gradient, basis.rotate_back(asked))

@@ -46,6 +46,11 @@ class GradientCheck:
         """Just before the backward."""
         self._before = {name: self._of_grad(name) for name in self._layers}
 
+    @property
+    def is_started(self) -> bool:
+        """Whether `.grad` was looked at before the backward."""
+        return self._before is not None
+
     def mismatches(self, calls: Mapping[str, Sequence[LayerGradient]]) -> dict[str, float] | None:
         """Layers that do not add up, with the error relative to `.grad`; None if nothing could be compared.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_influence.functional import eigenvalues
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import eigenbasis
-from lightning_influence.gradients import FactoredGradient, LayerGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient, base
 from tests.reference.factors import covariances, eigenvalue_correction, fisher_block, vec
 from tests.reference.models import random
 
@@ -41,7 +40,7 @@ def test_chunks_change_nothing(chunk_elements: int, monkeypatch: pytest.MonkeyPa
     batch = gradient(9, 4)
     basis = eigenbasis(*covariances(batch.inputs, batch.output_grads))
     whole = second_moment_sum(batch, basis)
-    monkeypatch.setattr(eigenvalues, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", chunk_elements)
     torch.testing.assert_close(second_moment_sum(batch, basis), whole, **EXACT)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.functional import eigenvalues
-from lightning_influence.functional.eigenvalues import moments_and_coordinates, second_moment_sum
+from lightning_influence.functional.coordinates import CoordinateSelection
+from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
 from lightning_influence.functional.products import inner_products, weighted_squares
 from lightning_influence.gradients import (
@@ -19,6 +19,7 @@ from lightning_influence.gradients import (
     RowGradient,
     SummedGradient,
     add_calls,
+    base,
     concatenate,
 )
 
@@ -238,14 +239,21 @@ def test_the_cheaper_way_to_rotate_gives_the_same(positions: int) -> None:
 def test_moments_and_chosen_coordinates_are_those_of_the_dense(
     make: Callable[..., LayerGradient], basis: Eigenbasis, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With chunks of one element, a table's rows take the way of large tables."""
-    monkeypatch.setattr(eigenvalues, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", chunk)
     gradient, kept = make(), torch.tensor([5, 0, 27, 6])
     coordinates = rotated(truth(gradient), basis)
-    sums, chosen = moments_and_coordinates(gradient, basis, kept)
-    close(sums, coordinates.square().sum(0))
-    close(chosen, coordinates.flatten(1)[:, kept])
+    close(CoordinateSelection(basis, kept).of(gradient), coordinates.flatten(1)[:, kept])
     close(second_moment_sum(gradient, basis), coordinates.square().sum(0))
+
+
+@pytest.mark.parametrize("positions", [1, 2, 40])
+@pytest.mark.parametrize("kept", [[0], [27, 0], [3, 7, 11], list(range(28))], ids=["one", "two", "column", "all"])
+def test_chosen_coordinates_do_not_depend_on_the_way_they_are_made(positions: int, kept: list[int]) -> None:
+    gradient = factored(s=positions)
+    expected = rotated(truth(gradient), BASES["full"]).flatten(1)[:, kept]
+    selection = CoordinateSelection(BASES["full"], torch.tensor(kept))
+    close(selection.of(gradient), expected)
+    close(selection.of(DenseGradient(truth(gradient))), expected)
 
 
 def test_gradients_are_unchanged_by_being_measured() -> None:

@@ -1,4 +1,4 @@
-"""Small nets that have one of everything: convolutions with normalization, and a transformer with shared tables."""
+"""Small nets with one of everything: convolutions with normalization, and a transformer with shared tables."""
 
 from __future__ import annotations
 

@@ -1,0 +1,91 @@
+"""Some of a gradient's coordinates in the eigenbasis, without making the others.
+
+Coordinates that carry much lie in few rows and columns of Q_S^T G Q_A, so only these are rotated: r of the o
+output directions and c of the i input directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_influence.functional.kronecker import Eigenbasis
+from lightning_influence.gradients import FactoredGradient, LayerGradient, RowGradient, chunk_elements
+
+
+class CoordinateSelection:
+    """Chosen coordinates of gradients in one eigenbasis.
+
+    Args:
+        basis: of shape (o, i).
+        kept: int64 [k], places in the flattened [o, i].
+    """
+
+    def __init__(self, basis: Eigenbasis, kept: Tensor) -> None:
+        self.basis, self.kept = basis, kept
+        i = basis.shape[1]
+        self._rows, row_of = (kept // i).unique(return_inverse=True)  # [r], [k]
+        self._columns, column_of = (kept % i).unique(return_inverse=True)  # [c], [k]
+        self._places = row_of * len(self._columns) + column_of  # in the flattened [r, c]
+        self._row_of, self._column_of = row_of, column_of
+        self._is_grouped = basis.eigenvalues_S.ndim > 1
+        if not self._is_grouped:
+            self._Q_A = None if basis.Q_A is None else basis.Q_A[:, self._columns].contiguous()
+            self._Q_S = None if basis.Q_S is None else basis.Q_S[:, self._rows].contiguous()
+
+    def of(self, gradient: LayerGradient) -> Tensor:
+        """The coordinates of each example, shape [n, k]."""
+        if self._is_grouped:
+            parts = [
+                self.basis.rotate_dense(dense).flatten(1)[:, self.kept] for _, dense in gradient.dense_chunks()
+            ]
+        elif isinstance(gradient, RowGradient) and self._Q_S is None:
+            return self._of_rows(gradient)
+        elif isinstance(gradient, FactoredGradient) and self._is_cheaper_by_factors(gradient):
+            parts = [self._of_factors(part) for part in self._chunks(gradient)]
+        else:
+            parts = [self._of_dense(dense) for _, dense in gradient.dense_chunks()]
+        return torch.cat(parts) if parts else self.basis.eigenvalues_A.new_zeros(0, len(self.kept))
+
+    def _of_factors(self, gradient: FactoredGradient) -> Tensor:
+        inputs = gradient.inputs[..., self._columns] if self._Q_A is None else gradient.inputs @ self._Q_A
+        grads = gradient.output_grads[..., self._rows] if self._Q_S is None else gradient.output_grads @ self._Q_S
+        if gradient.positions == 1 and len(self.kept) < len(self._rows) * len(self._columns):
+            return grads[:, 0, self._row_of] * inputs[:, 0, self._column_of]
+        return (grads.mT @ inputs).flatten(1)[:, self._places]
+
+    def _of_dense(self, dense: Tensor) -> Tensor:
+        """Of gradients [n, o, i], the side first that makes them smaller."""
+        r, c, (o, i) = len(self._rows), len(self._columns), self.basis.shape
+        if r * i * (o + c) <= o * c * (i + r):
+            rotated = self._columns_of(self._rows_of(dense))
+        else:
+            rotated = self._rows_of(self._columns_of(dense))
+        return rotated.flatten(1)[:, self._places]
+
+    def _rows_of(self, dense: Tensor) -> Tensor:
+        return dense[:, self._rows] if self._Q_S is None else self._Q_S.T @ dense
+
+    def _columns_of(self, dense: Tensor) -> Tensor:
+        return dense[..., self._columns] if self._Q_A is None else dense @ self._Q_A
+
+    def _of_rows(self, gradient: RowGradient) -> Tensor:
+        """Of a table, in which most examples look up few of the chosen rows."""
+        examples, rows, grads = gradient.combined()
+        place_of_row = torch.full((gradient.num_rows,), -1, device=rows.device)
+        place_of_row[self._rows] = torch.arange(len(self._rows), device=rows.device)
+        inside = place_of_row[rows] >= 0
+        values = grads.new_zeros(len(gradient), len(self._rows), len(self._columns))
+        values[examples[inside], place_of_row[rows[inside]]] = self._columns_of(grads[inside])
+        return values.flatten(1)[:, self._places]
+
+    def _is_cheaper_by_factors(self, gradient: FactoredGradient) -> bool:
+        """Whether rotating s positions takes fewer multiply-adds than rotating their sum."""
+        s, r, c, (o, i) = gradient.positions, len(self._rows), len(self._columns), self.basis.shape
+        by_factors = s * (r * c + o * r * (self._Q_S is not None) + i * c * (self._Q_A is not None))
+        return by_factors <= s * o * i + min(r * i * (o + c), o * c * (i + r))
+
+    def _chunks(self, gradient: FactoredGradient) -> list[FactoredGradient]:
+        """As many examples at a time as their coordinates take 64 MB."""
+        step = max(1, chunk_elements(gradient.device) // (len(self._rows) * len(self._columns)))
+        return [gradient[start : start + step] for start in range(0, len(gradient), step)]

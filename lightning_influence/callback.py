@@ -55,8 +55,9 @@ class InfluenceCallback(Callback):
         layers: names or glob patterns of the layers to attribute (`["encoder.*"]`); None takes all
             that are supported. What is left out is reported.
         codec: how gradients are stored: "pairs" (inputs and output gradients, int8; also
-            "pairs-float16" and "pairs-float32"), "eigen" (leading eigen-coordinates), or "auto":
-            pairs for layers used on vectors, eigen for layers used on sequences.
+            "pairs-float16" and "pairs-float32"; layers whose gradients are no such pairs store them
+            densely), "eigen" (leading eigen-coordinates), or "auto": pairs for layers used on vectors, eigen
+            for all others.
         fisher: "empirical", from the training labels, at no extra cost.
         loss: "auto" recognises the functions of `torch.nn.functional`; for any other loss, "mean"
             or "sum" declares what the value that `training_step` returns is over the examples.

@@ -72,6 +72,8 @@ class LayerAdapter(ABC):
             another function, as in `nn.MultiheadAttention`.
         is_table: whether rows of it are looked up, so that its outputs may be the same for all examples, and
             its weight may serve as an output layer.
+        keeps_positions: whether the output has the input's leading dimensions, so that the input can be
+            expanded along with an output that all examples share.
     """
 
     part: ClassVar[str] = ""
@@ -79,6 +81,7 @@ class LayerAdapter(ABC):
     bias_name: ClassVar[str] = "bias"
     is_called: ClassVar[bool] = True
     is_table: ClassVar[bool] = False
+    keeps_positions: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -120,21 +123,6 @@ class LayerAdapter(ABC):
     def structure(self, module: nn.Module) -> KroneckerStructure:
         """Which Kronecker factors the Fisher block has."""
         return FULL
-
-
-def summed_to(output_grad: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The gradient at a layer's own output, if the output was broadcast before anything else was done with it.
-
-    Args:
-        output_grad: in the broadcast shape, first dimension n.
-        shape: of the layer's own output.
-
-    Returns:
-        In the own shape, but for the first dimension, which counts examples.
-    """
-    shape = (1,) * (output_grad.ndim - len(shape)) + tuple(shape)
-    dims = [dim for dim in range(1, len(shape)) if shape[dim] == 1 < output_grad.shape[dim]]
-    return output_grad.sum(dims, keepdim=True) if dims else output_grad
 
 
 _ADAPTERS: list[tuple[LayerAdapter, ...]] = []

@@ -87,7 +87,7 @@ class GradientCapture:
             for name, layer in self.layers.items():
                 for number, source in enumerate(layer.sources):
                     if source.adapter.is_called and not self._is_seen_by_use(layer, source):
-                        hook = self._forward_hook(source.module, number, name)
+                        hook = self._forward_hook(source, number, name)
                         handle = source.module.register_forward_hook(hook, with_kwargs=True)
                         entered.callback(handle.remove)
             self._uses = (
@@ -184,18 +184,18 @@ class GradientCapture:
             )
         return add_calls(calls)
 
-    def _forward_hook(self, tracked: nn.Module, number: int, name: str) -> Callable[..., None]:
+    def _forward_hook(self, source: Source, number: int, name: str) -> Callable[..., None]:
         records = self._records[name]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            if module is not tracked:  # a copy of the model that was made meanwhile has the hook too
+            if module is not source.module:  # a copy of the model that was made meanwhile has the hook too
                 return
             if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
                 return
             if not isinstance(next(iter((*args, *kwargs.values())), None), Tensor):
                 return  # such a layer is reported as unseen
             with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
-                seen = _Seen((*args, *kwargs.values()))
+                seen, own_shape = _Seen((*args, *kwargs.values())), output.shape
                 is_broadcast = False
 
                 def record(grad: Tensor) -> None:
@@ -205,13 +205,23 @@ class GradientCapture:
                     )
                     records.append(_Use((number, call), seen.is_intact))
 
-                def on_broadcast(result: Tensor) -> None:
+                def on_broadcast(result: Tensor, shape: torch.Size) -> None:
                     nonlocal is_broadcast
+                    if not source.adapter.is_table and _has_examples(own_shape, shape, result.shape):
+                        return
                     is_broadcast = True
-                    self._on_gradient(name, result, record)
+                    self._on_gradient(name, result, lambda grad: record_shared(grad, shape))
+
+                def record_shared(grad: Tensor, shape: torch.Size) -> None:
+                    """Of an output that was broadcast from this shape: expand the input alike."""
+                    layer_input = seen.values[0]
+                    rest = layer_input.shape[len(own_shape) - 1 :]
+                    expanded = layer_input.reshape((*shape[:-1], *rest)).expand((*grad.shape[:-1], *rest))
+                    call = LayerCall((expanded,), {}, grad.sum_to_size(*grad.shape[:-1], shape[-1]))
+                    records.append(_Use((number, call), seen.is_intact))
 
                 self._on_gradient(name, output, lambda grad: None if is_broadcast else record(grad))
-                if self._uses is not None:
+                if self._uses is not None and source.adapter.keeps_positions:
                     self._uses.watch(output, on_broadcast)
 
         return hook
@@ -242,6 +252,17 @@ class GradientCapture:
                 record(grad.detach().reshape(shape))
 
         _in_graph(output).register_hook(hook)
+
+
+def _has_examples(own: torch.Size, shape: torch.Size, result: torch.Size) -> bool:
+    """Whether an output has the examples of what it becomes, so that it is shared by an example's positions only.
+
+    Args:
+        own: shape of the layer's output.
+        shape: that it had when it was broadcast.
+        result: that it became.
+    """
+    return len(shape) == len(result) and own[0] == shape[0] == result[0]
 
 
 def _shape_of(use: LinearUse | tuple[int, LayerCall]) -> UseShape:

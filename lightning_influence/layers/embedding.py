@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from lightning_influence.errors import LayerError
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import RowGradient
-from lightning_influence.layers.base import LayerAdapter, LayerCall, register_adapter, summed_to
+from lightning_influence.layers.base import LayerAdapter, LayerCall, register_adapter
 from lightning_influence.layers.reasons import is_plain
 
 LOOKED_UP = KroneckerStructure(full_S=False)
@@ -51,6 +51,8 @@ def _only_looks_up(module: nn.Module) -> bool:
 class EmbeddingAdapter(TableAdapter):
     """Exact for `nn.Embedding` with indices of any shape, with `padding_idx` and `sparse`."""
 
+    keeps_positions = True
+
     def matches(self, module: nn.Module) -> bool:
         """Whether it is one that only looks up."""
         return is_plain(module, nn.Embedding) and _only_looks_up(module)
@@ -62,7 +64,6 @@ class EmbeddingAdapter(TableAdapter):
             raise LayerError(
                 "expected indices [n, ...] with the batch first, got one index; add a batch dimension."
             )
-        output_grad = summed_to(output_grad, (*layer_input.shape, module.embedding_dim))
         n, leading = len(output_grad), output_grad.shape[:-1]
         rows = layer_input.expand(leading).reshape(n, -1)
         grads = output_grad.reshape(n, -1, module.embedding_dim)

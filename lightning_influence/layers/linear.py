@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from lightning_influence.errors import LayerError
 from lightning_influence.gradients import FactoredGradient
-from lightning_influence.layers.base import LayerAdapter, register_adapter, summed_to
+from lightning_influence.layers.base import LayerAdapter, register_adapter
 from lightning_influence.layers.reasons import is_plain
 
 
 class LinearAdapter(LayerAdapter):
     """Exact for `nn.Linear` and subclasses that keep its forward, unless parametrized."""
+
+    keeps_positions = True
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module computes W a + b with a W of its own."""
@@ -24,8 +26,7 @@ class LinearAdapter(LayerAdapter):
 
     def gradient(self, module: nn.Module, layer_input: Tensor, output_grad: Tensor) -> FactoredGradient:
         """Inputs [n, ..., i] become [n, s, i]."""
-        own_shape = (*layer_input.shape[:-1], self.shape(module)[0])
-        return outer_products(layer_input, summed_to(output_grad, own_shape))
+        return outer_products(layer_input, output_grad)
 
 
 def outer_products(layer_input: Tensor, output_grad: Tensor) -> FactoredGradient:
@@ -34,14 +35,13 @@ def outer_products(layer_input: Tensor, output_grad: Tensor) -> FactoredGradient
     Raises:
         LayerError: if there is no dimension for the examples.
     """
-    if output_grad.ndim < 2:
+    if layer_input.ndim < 2:
         raise LayerError(
             "expected inputs [n, ..., in_features] with the batch first, got shape "
             f"{tuple(layer_input.shape)}; add a batch dimension."
         )
-    n, i, o = len(output_grad), layer_input.shape[-1], output_grad.shape[-1]
-    shared = layer_input.expand(*output_grad.shape[:-1], i)  # an input without examples, with an output for each
-    return FactoredGradient(shared.reshape(n, -1, i), output_grad.reshape(n, -1, o))
+    n, i, o = len(layer_input), layer_input.shape[-1], output_grad.shape[-1]
+    return FactoredGradient(layer_input.reshape(n, -1, i), output_grad.reshape(n, -1, o))
 
 
 register_adapter(LinearAdapter())

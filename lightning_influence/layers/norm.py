@@ -79,6 +79,8 @@ def _wide(values: Tensor) -> Tensor:
 class ElementwiseNormAdapter(NormAdapter):
     """A weight for each element of the last dimensions: inputs [n, ..., *weight.shape]."""
 
+    keeps_positions = True
+
     def by_position(self, module: nn.Module, values: Tensor) -> Tensor:
         """[n, ..., *weight.shape] as [n, c, s]."""
         weight = module.get_parameter(self.weight_name)

@@ -30,7 +30,7 @@ class _Watched(NamedTuple):
 
     output: Tensor  # kept, so that its id stays its own
     ndim: int  # of the layer's own output
-    on_broadcast: tuple[Callable[[Tensor], None], ...]
+    on_broadcast: tuple[Callable[[Tensor, torch.Size], None], ...]
 
     def is_shared(self, result: Tensor) -> bool:
         """Whether it became a larger tensor, or one with a dimension for a single example."""
@@ -39,7 +39,7 @@ class _Watched(NamedTuple):
     def tell(self, result: Tensor) -> None:
         """Say that it became this tensor."""
         for on_broadcast in self.on_broadcast:
-            on_broadcast(result)
+            on_broadcast(result, self.output.shape)
 
 
 class WeightUses(TorchFunctionMode):
@@ -78,8 +78,11 @@ class WeightUses(TorchFunctionMode):
         """Whether there is anything for it to see."""
         return any(not layer.calls_are_all for layer in layers.values())
 
-    def watch(self, output: Tensor, on_broadcast: Callable[[Tensor], None]) -> None:
-        """Call `on_broadcast` with the larger tensor if the output is added to one, or expanded."""
+    def watch(self, output: Tensor, on_broadcast: Callable[[Tensor, torch.Size], None]) -> None:
+        """Call `on_broadcast` if the output is added to a larger tensor or expanded to one.
+
+        It gets the larger tensor, and the shape that the output had then.
+        """
         self._watched[id(output)] = _Watched(output, output.ndim, (on_broadcast,))
 
     def clear(self) -> None:

@@ -97,8 +97,8 @@ def warn_of_losses(agreement: Agreement, codecs: Collection[str], normalizations
         cause = "Let the learning rate decay towards zero in the final epoch."
         if normalizations:
             cause += (
-                f" Part of it is that {normalizations[0]} and its like normalize over the batch in training and not "
-                "when asked: `.eval()` them in the last two epochs, if training is as good with that."
+                f" Part of it is that {normalizations[0]} and its like normalize over the batch in training and "
+                "not when asked: `.eval()` them in the last two epochs, if training is as good with that."
             )
         rank_zero_warn(
             f"InfluenceCallback: rows aged within the epoch (Spearman {agreement.staleness:.3f} with the final "
@@ -116,7 +116,8 @@ def warn_of_coupling(normalizations: Sequence[str]) -> None:
     if normalizations:
         rank_zero_warn(
             f"InfluenceCallback: {', '.join(normalizations[:3])} normalize over the batch in training, so a row "
-            "holds what the batch's loss owes to its example, and scores of queries, in eval mode, are approximate."
+            "holds what the batch's loss owes to its example, and scores of queries, in eval mode, are "
+            "approximate."
         )
 
 

@@ -84,6 +84,7 @@ class Positions(nn.Module):
         super().__init__()
         self.table, self.positions, self.way = nn.Embedding(7, E), nn.Embedding(9, E), way
         self.mix, self.line, self.one = nn.Linear(E, E), nn.Linear(2, E), nn.Linear(E, 1)
+        self.start = nn.Linear(E, E)
 
     def forward(self, x: Tensor) -> Tensor:
         looked_up = self.table(x)
@@ -115,6 +116,14 @@ class Positions(nn.Module):
             added = looked_up + self.line(torch.linspace(-1, 1, x.shape[1] * 2, dtype=torch.float64).view(-1, 2))
         elif self.way == "linear-of-one-vector":
             added = looked_up + self.line(torch.tensor([0.5, -2.0], dtype=torch.float64))
+        elif self.way == "one-vector-an-example":
+            added = (
+                looked_up + self.one(looked_up).mean(1, keepdim=True) + self.start(looked_up[:, 0]).unsqueeze(1)
+            )
+        elif self.way == "one-row-an-example":
+            added = looked_up + self.positions(x[:, 0]).unsqueeze(1)
+        elif self.way == "one-row-an-example-indexed":
+            added = self.positions(x[:, 0])[:, None] + looked_up
         elif self.way == "one-feature":
             added = looked_up + self.one(looked_up)
         elif self.way == "twice":
@@ -128,7 +137,8 @@ class Positions(nn.Module):
 WAYS = [
     *("first", "second", "one-row", "in-place", "torch.add", "twice", "expanded", "unsqueezed", "indexed"),
     *("output-expanded", "output-repeated", "one-for-all-places", "sum-of-two"),
-    *("linear", "linear-of-one-vector", "one-feature"),
+    *("linear", "linear-of-one-vector", "one-feature", "one-vector-an-example"),
+    *("one-row-an-example", "one-row-an-example-indexed"),
 ]
 
 
@@ -137,7 +147,12 @@ WAYS = [
 def test_what_all_examples_share_has_a_gradient_for_each(way: str, n: int, s: int) -> None:
     model, x = seeded(lambda: Positions(way)), tokens(n, s)
     found, expected = captured(model, x), true(model, x)
-    used = {"linear": "line", "linear-of-one-vector": "line", "one-feature": "one"}.get(way, "positions")
+    used = {
+        "linear": "line",
+        "linear-of-one-vector": "line",
+        "one-feature": "one",
+        "one-vector-an-example": "start",
+    }.get(way, "positions")
     if used == "positions":
         close(found[used], expected["positions.weight"])
     else:

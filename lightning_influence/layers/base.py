@@ -21,11 +21,13 @@ class LayerCall:
         args: positional arguments; tensors are detached.
         kwargs: keyword arguments, likewise.
         output_grad: d loss / d output, in the shape of the output.
+        memory: what the adapter wanted to remember of the module.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output_grad: Tensor
+    memory: Any = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -103,6 +105,10 @@ class LayerAdapter(ABC):
         Raises:
             LayerError: if the input does not have examples in its first dimension.
         """
+
+    def remember(self, module: nn.Module, layer_input: Tensor) -> Any:
+        """Just after the module's forward: what of its state the gradient depends on, as it is now."""
+        return None
 
     def gradient_of_call(self, module: nn.Module, call: LayerCall) -> LayerGradient:
         """The same, for layers with more than one argument."""

@@ -196,13 +196,13 @@ class GradientCapture:
                 return  # such a layer is reported as unseen
             with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
                 seen, own_shape = _Seen((*args, *kwargs.values())), output.shape
+                memory = _remembered(source, seen.values[0])
                 is_broadcast = False
 
                 def record(grad: Tensor) -> None:
                     values = seen.values
-                    call = LayerCall(
-                        values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True)), grad
-                    )
+                    named = dict(zip(kwargs, values[len(args) :], strict=True))
+                    call = LayerCall(values[: len(args)], named, grad, memory)
                     records.append(_Use((number, call), seen.is_intact))
 
                 def on_broadcast(result: Tensor, shape: torch.Size) -> None:
@@ -210,14 +210,14 @@ class GradientCapture:
                     if not source.adapter.is_table and _has_examples(own_shape, shape, result.shape):
                         return
                     is_broadcast = True
-                    self._on_gradient(name, result, lambda grad: record_shared(grad, shape))
+                    self._on_gradient(name, result, lambda grad: record_shared(grad, shape), is_output=False)
 
                 def record_shared(grad: Tensor, shape: torch.Size) -> None:
                     """Of an output that was broadcast from this shape: expand the input alike."""
                     layer_input = seen.values[0]
                     rest = layer_input.shape[len(own_shape) - 1 :]
                     expanded = layer_input.reshape((*shape[:-1], *rest)).expand((*grad.shape[:-1], *rest))
-                    call = LayerCall((expanded,), {}, grad.sum_to_size(*grad.shape[:-1], shape[-1]))
+                    call = LayerCall((expanded,), {}, grad.sum_to_size(*grad.shape[:-1], shape[-1]), memory)
                     records.append(_Use((number, call), seen.is_intact))
 
                 self._on_gradient(name, output, lambda grad: None if is_broadcast else record(grad))
@@ -243,7 +243,10 @@ class GradientCapture:
 
         self._on_gradient(name, output, record)
 
-    def _on_gradient(self, name: str, output: Tensor, record: Callable[[Tensor], None]) -> None:
+    def _on_gradient(
+        self, name: str, output: Tensor, record: Callable[[Tensor], None], *, is_output: bool = True
+    ) -> None:
+        """Record the gradient of a layer's output, or of what it was broadcast to, which may be a view of it."""
         shape = output.shape
 
         def hook(grad: Tensor) -> None:  # a hook that returns a tensor would replace the gradient
@@ -251,7 +254,15 @@ class GradientCapture:
                 self.nearest_to_loss = self.nearest_to_loss or name
                 record(grad.detach().reshape(shape))
 
-        _in_graph(output).register_hook(hook)
+        (_in_graph(output) if is_output else output).register_hook(hook)
+
+
+def _remembered(source: Source, layer_input: Tensor) -> Any:
+    try:
+        with torch.no_grad():
+            return source.adapter.remember(source.module, layer_input)
+    except Exception:  # of somebody's own adapter; its gradient will say what it misses
+        return None
 
 
 def _has_examples(own: torch.Size, shape: torch.Size, result: torch.Size) -> bool:

@@ -75,13 +75,18 @@ class EmbeddingAdapter(TableAdapter):
 class EmbeddingBagAdapter(TableAdapter):
     """Exact for `nn.EmbeddingBag`: an example is a bag; its output is the sum, mean or maximum of its rows.
 
-    For `mode="max"` the rows that were largest are found again from the weight, so gradients have to be made
-    before the optimizer's step. Of rows with the same value the first is taken, as torch does.
+    For `mode="max"` the rows that were largest are found from the weight, just after the call. Of rows with
+    the same value the first is taken, as torch does.
     """
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it is one that only looks up."""
         return is_plain(module, nn.EmbeddingBag) and _only_looks_up(module)
+
+    def remember(self, module: nn.Module, layer_input: Tensor) -> Tensor | None:
+        """The weight, where the largest rows are asked for."""
+        assert isinstance(module, nn.EmbeddingBag)
+        return module.weight.detach().clone() if module.mode == "max" else None
 
     def gradient(self, module: nn.Module, layer_input: Tensor, output_grad: Tensor) -> RowGradient:
         """Of bags [n, s] without further arguments."""
@@ -99,7 +104,8 @@ class EmbeddingBagAdapter(TableAdapter):
         if module.padding_idx is not None:
             is_inside = is_inside & (rows != module.padding_idx)
         if module.mode == "max":
-            return RowGradient(module.num_embeddings, rows, _to_largest(module, rows, is_inside, call.output_grad))
+            weight = module.weight.detach() if call.memory is None else call.memory
+            return RowGradient(module.num_embeddings, rows, _to_largest(weight, rows, is_inside, call.output_grad))
         shares = is_inside.to(call.output_grad)  # [n, s]
         if module.mode == "mean":
             shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
@@ -127,9 +133,9 @@ def _bags(module: nn.EmbeddingBag, call: LayerCall) -> tuple[Tensor, Tensor | No
     )
 
 
-def _to_largest(module: nn.EmbeddingBag, rows: Tensor, is_inside: Tensor, output_grad: Tensor) -> Tensor:
+def _to_largest(weight: Tensor, rows: Tensor, is_inside: Tensor, output_grad: Tensor) -> Tensor:
     """Each feature's gradient at the look-up with the largest value, shape [n, s, i]."""
-    values = module.weight.detach()[rows].masked_fill(~is_inside.unsqueeze(-1), -torch.inf)
+    values = weight[rows].masked_fill(~is_inside.unsqueeze(-1), -torch.inf)
     grads = output_grad * is_inside.any(1, keepdim=True)  # an empty bag's output is a constant
     return torch.zeros_like(values, dtype=grads.dtype).scatter_(
         1, values.argmax(1, keepdim=True), grads.unsqueeze(1)

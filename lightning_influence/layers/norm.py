@@ -52,8 +52,7 @@ class NormAdapter(LayerAdapter):
     def gradient(self, module: nn.Module, layer_input: Tensor, output_grad: Tensor) -> DenseGradient:
         """Of the weight, shape [n, c, 1]."""
         self.by_position(module, output_grad)  # refuses before anything is computed
-        products = self.normalized(module, _wide(layer_input)) * _wide(output_grad)
-        return self._summed(module, products, output_grad.dtype)
+        return self._of_normalized(module, self.normalized(module, _wide(layer_input)), output_grad)
 
     def append_bias(self, module: nn.Module, gradient: LayerGradient, call: LayerCall) -> DenseGradient:
         """Of weight and bias, shape [n, c, 2]."""
@@ -63,6 +62,9 @@ class NormAdapter(LayerAdapter):
     def bias_column(self, module: nn.Module, bias: Tensor) -> Tensor:
         """The bias, flattened."""
         return bias.flatten()
+
+    def _of_normalized(self, module: nn.Module, normalized: Tensor, output_grad: Tensor) -> DenseGradient:
+        return self._summed(module, normalized * _wide(output_grad), output_grad.dtype)
 
     def _summed(self, module: nn.Module, values: Tensor, dtype: torch.dtype) -> DenseGradient:
         """Sums over positions, in the output gradients' dtype; but float16 of mixed precision would overflow."""

@@ -182,7 +182,8 @@ class TrackedLayer:
             for value in (*call.args, *call.kwargs.values())
         ]
         kwargs = dict(zip(call.kwargs, moved[len(call.args) :], strict=True))
-        return LayerCall(tuple(moved[: len(call.args)]), kwargs, call.output_grad.movedim(self.batch_dim, 0))
+        output_grad = call.output_grad.movedim(self.batch_dim, 0)
+        return LayerCall(tuple(moved[: len(call.args)]), kwargs, output_grad, call.memory)
 
     def _of_linear(self, use: LinearUse) -> LayerGradient:
         batch_dim = self.batch_dim if use.batch_dim is None else use.batch_dim

@@ -45,8 +45,9 @@ def find_batch_dims(
         batch: the step's, n examples in the first dimension of its tensors.
         n: number of examples.
     """
-    if n < 2:
-        return dict(layers), {}
+    if n == 1:  # nothing to leave out; the only example is where the size is 1 in all uses
+        dims = {name: _batch_dim(shapes.get(name, ()), shapes.get(name, ()), 1) for name in layers}
+        return _settled(layers, dims, shapes, 1)
     try:
         if not model.automatic_optimization:
             raise QueryError("its `training_step` optimizes by itself")
@@ -55,27 +56,34 @@ def find_batch_dims(
     except Exception as error:  # the user's code runs here, in a way it may not be made for
         _warn_of_doubt(shapes, n, error)
         return dict(layers), {}
-    found, reasons = {}, {}
-    for name, layer in layers.items():
-        batch_dim = _batch_dim(shapes.get(name, ()), fewer.get(name, ()), n)
-        if batch_dim is not None:
-            found[name] = replace(layer, batch_dim=batch_dim)
-            continue
-        seen = [use.shape for use in fewer[name]]
-        reasons[name] = (
-            f"none of its dimensions counts the batch's examples (of {n - 1} examples it saw {seen[0]})"
-        )
+    dims = {name: _batch_dim(shapes.get(name, ()), fewer.get(name, ()), n) for name in layers}
+    return _settled(layers, dims, fewer, n - 1)
+
+
+def _settled(
+    layers: Mapping[str, TrackedLayer], dims: Mapping[str, int | None], shapes: Shapes, examples: int
+) -> tuple[dict[str, TrackedLayer], dict[str, str]]:
+    """The layers with the dimension that was found, and the reason against those without."""
+    found = {
+        name: replace(layer, batch_dim=dim) for name, layer in layers.items() if (dim := dims[name]) is not None
+    }
+    reasons = {
+        name: "none of its dimensions counts the batch's examples "
+        f"(of {examples} examples it saw {shapes[name][0].shape})"
+        for name in layers
+        if name not in found
+    }
     return found, reasons
 
 
 def _batch_dim(uses: Sequence[UseShape], fewer: Sequence[UseShape], n: int) -> int | None:
-    """The first dimension that is n in all uses, and n - 1 without the last example; 0 if nothing was seen."""
+    """The first dimension that is n in all uses, and n - 1 (or 1) in the others; 0 if nothing was seen."""
     if not uses or not fewer:
         return 0
     candidates = None
     for use, other in zip(uses, fewer, strict=False):
         pairs = enumerate(zip(use.shape, other.shape, strict=False))
-        fitting = {dim for dim, sizes in pairs if sizes == (n, n - 1)}
+        fitting = {dim for dim, sizes in pairs if sizes == (n, max(n - 1, 1))}
         if use.batch_dim is not None:  # known without asking
             if use.batch_dim not in fitting:
                 return None

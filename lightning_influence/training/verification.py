@@ -78,8 +78,13 @@ class GradientCheck:
         return self._projected(name, grads)
 
     def _without_penalty(self, name: str, difference: Tensor) -> Tensor:
-        """What is left of the difference after the best multiples of weight's and bias's own projections."""
+        """What is left of the difference after the best multiples of weight's and bias's own projections.
+
+        A matrix of one or two entries is a multiple of anything, so there all of the difference is left.
+        """
         parameters = self._layers[name].parameters
+        if math.prod(self._layers[name].shape) <= len(parameters):
+            return difference
         own = torch.stack([self._projected(name, {key: p.detach()}) for key, p in parameters.items()], dim=1)
         return difference - own @ (torch.linalg.pinv(own) @ difference)
 

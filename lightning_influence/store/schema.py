@@ -54,6 +54,7 @@ What a captured run adds
     has a basis of its own, they are ``[g, i, i]``, ``[g, o/g, o/g]``, ``[g, i]`` and ``[g, o/g]``; without
     ``full_A`` or ``full_S`` that side is not rotated: there is no Q, and its values are in the order of the
     parameters.
+    Entries of ``Lambda`` at coordinates that no row of ``eigen`` keeps are those of the first examples only.
     Layers with codec ``eigen`` add ``coordinates`` ``[k]`` i8 and ``whitening`` ``[k]`` f4. The config
     of ``pairs`` is ``positions``, ``has_bias`` and ``dtype``, that of ``dense`` is ``dtype``; that of
     ``eigen`` is empty. The attribute

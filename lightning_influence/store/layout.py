@@ -105,6 +105,7 @@ def create_dataset(
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # reserved blocks are zeros already
+    properties.set_obj_track_times(False)  # the same input gives the same bytes
     group, _, last = name.rpartition("/")
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     dataset = h5py.Dataset(

@@ -63,8 +63,9 @@ class InfluenceCallback(Callback):
             or "sum" declares what the value that `training_step` returns is over the examples.
         bytes_per_example: budget of the eigen codec over all its layers.
         covariance_positions: of layers used on sequences or images, how many positions of each example enter
-            the covariances from which the eigenbasis is made, drawn with a fixed seed; None takes all. Rows and
-            eigenvalues are exact either way (`examples/benchmarks/covariance_positions.py` measures the rest).
+            the covariances from which the eigenbasis is made, drawn with a fixed seed among those that carry
+            gradient; None takes all. Rows do not depend on it, eigenvalues only as they do on the basis
+            (`examples/benchmarks/covariance_positions.py` measures what it does to scores).
         on_error: "warn": a failure of ours ends capture with one warning, and training goes on;
             "raise": it ends training.
         index_fn: a function from a batch to the dataset index of each row, for data whose sampler

@@ -290,7 +290,13 @@ def _find_layers(model: nn.Module, store: StoreReader) -> dict[str, TrackedLayer
                 f"{store.path} has gradients of layer {name!r}, which {type(model).__name__} does not have{why}; "
                 "pass the model as it was trained."
             )
-        layer = known[name].with_bias(bool(entry.get("has_bias")))
+        has_bias = bool(entry.get("has_bias"))
+        layer = known[name].with_bias(has_bias)
+        if layer.has_bias != has_bias:  # as when modules share the weight and one of their biases was frozen
+            raise WeightsMismatchError(
+                f"{store.path} has gradients of the bias of layer {name!r}, which cannot be told from other "
+                f"biases on its weight in {type(model).__name__}; pass the model as it was trained."
+            )
         tracked[name] = replace(layer, batch_dim=int(entry.get("batch_dim", 0)))
     return tracked
 

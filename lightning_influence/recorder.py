@@ -125,11 +125,12 @@ class Recorder:
 
     def reduce(self, name: str, gradient: LayerGradient) -> LayerGradient:
         """What rows will need of a layer's gradients, once it is known; call it once for each step."""
-        if name not in self.reduced_layers or isinstance(gradient, Coordinates):
+        record = self._records.get(name)
+        if not isinstance(record, EigenRecord) or isinstance(gradient, Coordinates):
             return gradient
         if name in self._covariances:
             self._covariances[name].to(gradient.device).update(gradient.finite())
-        return self._records[name].reduce(gradient)
+        return record.reduce(gradient)
 
     def next_bases(self) -> dict[str, Eigenbasis]:
         """Eigenbases of what was seen so far, for the layers with the eigen codec."""

@@ -137,9 +137,12 @@ class LayerGradient(ABC):
     def sampled(self, positions: int, generator: torch.Generator) -> tuple[LayerGradient, float]:
         """Some of each example's positions, for covariances of which a sample is enough.
 
+        Drawn are positions that carry gradient in any of the examples: where the loss looks at one position, as
+        at a classification token, all of what it says is taken.
+
         Returns:
             Gradients of at most that many positions, drawn without replacement, and how many times as many
-            there were. The gradients themselves where nothing is gained by a sample.
+            carried gradient. The gradients themselves where nothing is gained by a sample.
         """
         return self, 1.0
 
@@ -157,3 +160,21 @@ def _own(tensor: Tensor, shared: Set[int] | None) -> Tensor:
     found = tensor.float() if tensor.is_floating_point() else tensor
     is_shared = shared is None or tensor.untyped_storage().data_ptr() in shared
     return found.clone() if found is tensor and is_shared else found
+
+
+def draw_positions(carries_gradient: Tensor, positions: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Some of the positions that carry gradient, on the CPU.
+
+    Args:
+        carries_gradient: bool [s], whether a position does in any example.
+        positions: at most how many.
+        generator: of the draw.
+
+    Returns:
+        Their places int64 [k] with k >= 1, and how many positions each stands for.
+    """
+    candidates = carries_gradient.nonzero().flatten().cpu()
+    if not len(candidates):
+        return torch.zeros(1, dtype=torch.int64), 1.0
+    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:positions]]
+    return chosen, len(candidates) / len(chosen)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, conv2d, conv3d
 from torch.nn.grad import conv2d_weight
 
-from lightning_influence.gradients.base import CHUNK_ELEMENTS, LayerGradient
+from lightning_influence.gradients.base import CHUNK_ELEMENTS, LayerGradient, draw_positions
 from lightning_influence.gradients.geometry import ConvGeometry
 
 CACHED_ELEMENTS = 2**20  # of patches at a time on a CPU, where what stays in the cache is used sooner
@@ -136,7 +136,8 @@ class ConvGradient(LayerGradient):
         """The same positions of all examples, as a convolution of their patches with one place in each row."""
         if positions >= self.positions:
             return self, 1.0
-        chosen = torch.randperm(self.positions, generator=generator)[:positions]
+        carries_gradient = (self.output_grads != 0).any(1).any(0).flatten()
+        chosen, weight = draw_positions(carries_gradient, positions, generator)
         spatial = self.inputs.shape[2:]
         places = self.geometry.patches(torch.arange(prod(spatial)).reshape(1, 1, *spatial))
         places = places.flatten(2, self._dims + 1).flatten(3)[0, 0]  # [k, s]
@@ -146,8 +147,8 @@ class ConvGradient(LayerGradient):
             self,
             inputs=_columns(self.inputs, index),
             output_grads=_columns(self.output_grads, chosen),
-            geometry=ConvGeometry((len(within),), (1,), (positions,), self.geometry.groups),
-        ), self.positions / positions
+            geometry=ConvGeometry((len(within),), (1,), (len(chosen),), self.geometry.groups),
+        ), weight
 
     @property
     def _dims(self) -> int:

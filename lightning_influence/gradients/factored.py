@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_influence.gradients.base import LayerGradient
+from lightning_influence.gradients.base import LayerGradient, draw_positions
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ class FactoredGradient(LayerGradient):
         """The same positions of all examples."""
         if positions >= self.positions:
             return self, 1.0
-        chosen = torch.randperm(self.positions, generator=generator)[:positions].to(self.device)
-        return FactoredGradient(self.inputs[:, chosen], self.output_grads[:, chosen]), self.positions / positions
+        drawn, weight = draw_positions((self.output_grads != 0).any(-1).any(0), positions, generator)
+        chosen = drawn.to(self.device)
+        return FactoredGradient(self.inputs[:, chosen], self.output_grads[:, chosen]), weight
 
     def with_ones(self) -> FactoredGradient:
         """A 1 appended to the inputs."""

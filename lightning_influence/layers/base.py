@@ -49,7 +49,7 @@ class LayerAdapter(ABC):
 
     An adapter has no state; one instance serves every layer of its type. It covers one matrix of
     parameters: a weight and, as the matrix's last column, a bias. Three methods are enough for a layer
-    that multiplies its input with a weight [o, i] at every position::
+    that multiplies its input [n, i] with a weight [o, i]::
 
         class CosineLinearAdapter(LayerAdapter):
             def matches(self, module):
@@ -59,7 +59,7 @@ class LayerAdapter(ABC):
                 return module.weight.shape
 
             def gradient(self, module, layer_input, output_grad):
-                return FactoredGradient(normalize(layer_input).flatten(1, -2), output_grad.flatten(1, -2))
+                return FactoredGradient(normalize(layer_input)[:, None], output_grad[:, None])
 
         register_adapter(CosineLinearAdapter())
 

@@ -129,7 +129,8 @@ class TrackedLayer:
         return KroneckerStructure(
             structures[0].groups,
             full_A=i <= LARGEST_FACTOR and all(structure.full_A for structure in structures),
-            full_S=o <= LARGEST_FACTOR and all(structure.full_S for structure in structures),
+            full_S=o // structures[0].groups <= LARGEST_FACTOR
+            and all(structure.full_S for structure in structures),
         )
 
     @property

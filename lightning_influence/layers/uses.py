@@ -8,6 +8,7 @@ torch's own code, with only its name `linear` bound to a function that also look
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.layers.tracked import TrackedLayer
+
+logger = logging.getLogger(__name__)
 
 _ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 _VIEWS = frozenset({"unsqueeze", "squeeze", "view", "reshape", "__getitem__"})
@@ -178,6 +181,7 @@ class WeightUses(TorchFunctionMode):
                 look(*args, **kwargs)
         except Exception as error:  # not the user's: training goes on, the comparison with .grad tells
             self.failure = f"{type(error).__name__}: {error}"
+            logger.debug("a use of a weight could not be looked at", exc_info=error)
 
 
 def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -256,6 +256,33 @@ def test_chosen_coordinates_do_not_depend_on_the_way_they_are_made(positions: in
     close(selection.of(DenseGradient(truth(gradient))), expected)
 
 
+@pytest.mark.parametrize("make", [factored, rows], ids=["factored", "rows"])
+def test_a_sample_takes_every_position_that_carries_gradient_if_there_are_few(
+    make: Callable[..., LayerGradient],
+) -> None:
+    """As where the loss looks at a classification token."""
+    gradient = make(s=40)
+    linear = gradient.tensors[-1].clone()
+    linear[:, [position for position in range(40) if position not in (3, 17)]] = 0
+    gradient = gradient.with_tensors([*gradient.tensors[:-1], linear])
+    sample, weight = gradient.sampled(4, torch.Generator().manual_seed(0))
+    assert weight == 1
+    close(sample.dense(), truth(gradient))
+
+
+def test_a_sample_stands_for_the_positions_that_carry_gradient() -> None:
+    gradient = factored(s=40)
+    half = FactoredGradient(gradient.inputs, gradient.output_grads * (torch.arange(40) < 20).unsqueeze(-1))
+    sample, weight = half.sampled(5, torch.Generator().manual_seed(0))
+    assert (sample.positions, weight) == (5, 4)
+    assert bool((sample.output_grads != 0).any(-1).all())
+
+
+def test_a_sample_of_no_gradient_at_all_is_no_gradient() -> None:
+    nothing = FactoredGradient(drawn(5, 40, I), torch.zeros(5, 40, O, dtype=torch.float64))
+    assert not nothing.sampled(4, torch.Generator())[0].dense().any()
+
+
 def test_gradients_are_unchanged_by_being_measured() -> None:
     gradient = dense()
     before = gradient.values.clone()

@@ -21,6 +21,7 @@ from lightning_influence.layers import (
     track_layers,
 )
 from lightning_influence.layers import base as registry
+from lightning_influence.layers import tracked as tracked_module
 
 
 def report(coverage: Coverage, name: str) -> LayerReport:
@@ -284,7 +285,7 @@ class Anything(LayerAdapter):
         return module.weight.numel(), 1
 
     def gradient(self, module: nn.Module, layer_input: Tensor, output_grad: Tensor) -> LayerGradient:
-        raise NotImplementedError
+        raise NotImplementedError  # these tests ask the registry only, never for gradients
 
 
 @pytest.fixture
@@ -314,3 +315,10 @@ def test_one_matrix_of_a_module_that_is_taken_out_leaves_the_others_covered() ->
     without = coverage.without(tracked, {"attention.k_proj": "it was not used"})
     assert report(without, "attention").covered == report(coverage, "attention").covered - 16
     assert report(without, "attention").reason == "it was not used"
+
+
+def test_a_long_side_gets_a_diagonal_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracked_module, "LARGEST_FACTOR", 4)
+    tracked, _ = track_layers(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2), nn.Conv1d(6, 12, 1, groups=6)))
+    structures = [(layer.structure.full_A, layer.structure.full_S) for layer in tracked.values()]
+    assert structures == [(True, False), (False, True), (True, True)]

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_influence.attachment import attachment_state
-from lightning_influence.layer_record import CodecName
+from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
-from lightning_influence.training.session import CaptureOptions, CaptureSession
+from lightning_influence.training.options import CaptureOptions, Epochs, Rows, check_choice
+from lightning_influence.training.session import CaptureSession
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -54,6 +55,12 @@ class InfluenceCallback(Callback):
         path: of the file; an older file there is replaced when the new one is complete.
         layers: names or glob patterns of the layers to attribute (`["encoder.*"]`); None takes all
             that are supported. What is left out is reported.
+        epochs: which epochs the file holds: "last"; or "every", a number n (every n-th, counted back from
+            the final one where that is certain) or a list (counted from 0), each a segment of the file, so that
+            checkpoints of several epochs have their rows. Adding a segment copies the ones before it.
+        rows: "online", as training goes, at no extra pass, at the weights of their step; or "final": the last
+            epoch gives the eigenbasis only, and one pass over its examples after training gives the
+            rows at the final weights, in eval mode.
         codec: how gradients are stored: "pairs" (inputs and output gradients, int8; also
             "pairs-float16" and "pairs-float32"; layers whose gradients are no such pairs store them
             densely), "eigen" (leading eigen-coordinates), or "auto": pairs for layers used on vectors, eigen
@@ -70,6 +77,8 @@ class InfluenceCallback(Callback):
             "raise": it ends training.
         index_fn: a function from a batch to the dataset index of each row, for data whose sampler
             does not know them.
+        index_key: where in the batch these indices are, if they are part of it.
+        num_examples: length of a dataset that does not tell it, such as a stream.
 
     Example::
 
@@ -81,6 +90,8 @@ class InfluenceCallback(Callback):
         path: str | os.PathLike[str] = "influence.h5",
         *,
         layers: list[str] | None = None,
+        epochs: Epochs = "last",
+        rows: Rows = "online",
         codec: CodecName = "auto",
         fisher: Literal["empirical"] = "empirical",
         loss: LossKind = "auto",
@@ -88,22 +99,24 @@ class InfluenceCallback(Callback):
         covariance_positions: int | None = 32,
         on_error: OnError = "warn",
         index_fn: Callable[[Any], Sequence[int] | Tensor] | None = None,
+        index_key: str | int | None = None,
+        num_examples: int | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("codec", codec, get_args(CodecName))
-        _check_choice("fisher", fisher, ("empirical",))
-        _check_choice("loss", loss, get_args(LossKind))
-        _check_choice("on_error", on_error, get_args(OnError))
-        if isinstance(layers, str):
-            raise TypeError(f"`layers` must be a list of names or glob patterns, got the string {layers!r}.")
-        if index_fn is not None and not callable(index_fn):
-            raise TypeError(f"`index_fn` must be a function from a batch to indices, got {index_fn!r}.")
-        if bytes_per_example < 1:
-            raise ValueError(f"`bytes_per_example` must be positive, got {bytes_per_example}.")
-        if covariance_positions is not None and covariance_positions < 1:
-            raise ValueError(f"`covariance_positions` must be positive or None, got {covariance_positions}.")
+        check_choice("on_error", on_error, get_args(OnError))
         self.options = CaptureOptions(
-            Path(path), layers, codec, bytes_per_example, covariance_positions, fisher, loss, index_fn
+            Path(path),
+            layers=layers,
+            epochs=epochs,
+            rows=rows,
+            codec=codec,
+            fisher=fisher,
+            loss=loss,
+            bytes_per_example=bytes_per_example,
+            covariance_positions=covariance_positions,
+            index_fn=index_fn,
+            index_key=index_key,
+            num_examples=num_examples,
         )
         self.on_error = on_error
         # Lightning asks for the key at every hook of every batch
@@ -214,6 +227,9 @@ class InfluenceCallback(Callback):
         self._session = None
 
     def _fail(self, error: Exception) -> None:
+        session = self._session
+        if session is not None and session.fail(error):  # once the other processes know, this is called again
+            return
         self._retire()
         if self.on_error == "raise":
             raise error
@@ -221,8 +237,3 @@ class InfluenceCallback(Callback):
         rank_zero_warn(
             f"InfluenceCallback has stopped capturing; training goes on. {type(error).__name__}: {error}"
         )
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

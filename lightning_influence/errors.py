@@ -28,6 +28,10 @@ class UnsupportedTrainingError(CaptureError):
     """This way of training is not supported."""
 
 
+class OtherProcessError(CaptureError):
+    """Another of the processes that train together cannot go on with capture, so none of them can."""
+
+
 class StoreError(InfluenceError):
     """A file of captured gradients cannot be written or read."""
 

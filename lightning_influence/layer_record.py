@@ -10,92 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
 from lightning_influence.codecs import Codec, DenseCodec, EigenCodec, PairsCodec
 from lightning_influence.factors import EigenvalueCorrection, KroneckerCovariance
 from lightning_influence.functional.kronecker import diagonal_basis
-from lightning_influence.functional.quantize import RowDtype
-from lightning_influence.functional.structure import FULL, KroneckerStructure
-from lightning_influence.gradients import Coordinates, FactoredGradient, LayerGradient
-from lightning_influence.layers import TrackedLayer
+from lightning_influence.gradients import Coordinates, LayerGradient
 from lightning_influence.scoring import ScoredLayer
-
-CodecName = Literal["auto", "pairs", "pairs-float16", "pairs-float32", "eigen"]
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """How a layer's rows will be stored.
-
-    Args:
-        shape: (o, i) of the layer's gradient.
-        has_bias: whether the gradient's last column is the bias's.
-        codec: "pairs", "dense" or "eigen".
-        positions: shared positions of an example, as the first batch had them.
-        dtype: of stored pairs or dense gradients.
-        structure: which Kronecker factors there are.
-        ends_in_ones: whether every input ends in the bias's 1, which pairs then leave out.
-        batch_dim: the dimension of the layer's inputs that counts examples.
-    """
-
-    shape: tuple[int, int]
-    has_bias: bool
-    codec: Literal["pairs", "dense", "eigen"]
-    positions: int
-    dtype: RowDtype = "int8"
-    structure: KroneckerStructure = FULL
-    ends_in_ones: bool = False
-    batch_dim: int = 0
-
-    @property
-    def needs_basis(self) -> bool:
-        """Whether rows can be written only after covariances were seen."""
-        return self.codec == "eigen" and not self.structure.is_diagonal
-
-    def codec_without_basis(self) -> PairsCodec | DenseCodec:
-        """The codec for rows that are written before there is a basis."""
-        if self.codec == "dense":
-            return DenseCodec(self.shape, dtype=self.dtype)
-        return PairsCodec(self.shape, positions=self.positions, has_bias=self.ends_in_ones, dtype=self.dtype)
-
-
-def plan_layers(
-    layers: Mapping[str, TrackedLayer], gradients: Mapping[str, LayerGradient], codec: CodecName
-) -> dict[str, LayerPlan]:
-    """Choose a codec for each layer from one batch's gradients.
-
-    "auto" takes pairs where an example's gradient is one outer product, and eigen-coordinates elsewhere.
-    "pairs" takes dense gradients where the layer's are no outer products.
-
-    Raises:
-        ValueError: if there is no codec of that name.
-    """
-    if codec not in get_args(CodecName):
-        raise ValueError(f"`codec` must be one of {', '.join(get_args(CodecName))}, got {codec!r}.")
-    family, _, dtype = codec.partition("-")
-    plans = {}
-    for name, layer in layers.items():
-        gradient = gradients[name]
-        chosen = family
-        if family == "auto":
-            chosen = "pairs" if isinstance(gradient, FactoredGradient) and gradient.positions == 1 else "eigen"
-        elif family == "pairs" and not isinstance(gradient, FactoredGradient):
-            chosen = "dense"
-        plans[name] = LayerPlan(
-            layer.shape,
-            layer.has_bias,
-            chosen,  # type: ignore[arg-type]
-            gradient.positions,
-            dtype or "int8",  # type: ignore[arg-type]
-            layer.structure,
-            layer.ends_in_ones,
-            layer.batch_dim,
-        )
-    return plans
 
 
 class LayerRecord(ABC):

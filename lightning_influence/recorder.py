@@ -7,8 +7,7 @@ has none yet sends all blocks to a temporary spool, which is read again once at 
 
 from __future__ import annotations
 
-import math
-import os
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -18,23 +17,23 @@ from torch import Tensor
 
 from lightning_influence.blocks import Block, Spool
 from lightning_influence.codecs import Codec, EigenCodec, select_coordinates
-from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
 from lightning_influence.errors import CaptureError, LayerError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
 from lightning_influence.gradients import Coordinates, FactoredGradient, LayerGradient
-from lightning_influence.layer_record import EigenRecord, LayerPlan, LayerRecord, RowsFirstRecord
+from lightning_influence.layer_plan import LayerPlan
+from lightning_influence.layer_record import EigenRecord, LayerRecord, RowsFirstRecord
+from lightning_influence.processes import ALONE, Processes
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import StepGradients
-from lightning_influence.store import COLUMNS, ArraySpec, StoreWriter
+from lightning_influence.store import ArraySpec, StoreWriter
 
 BLOCK_EXAMPLES = 1024
 BLOCK_BYTES = 4 * 2**20  # larger steps gain nothing from being joined, and copying them costs
 FIRST_EXAMPLES = 256  # at least, unless they take very much memory, by whose Lambda coordinates are chosen
 FIRST_BYTES = 2**30
 READ_EXAMPLES = 4096
-COLUMN_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -55,31 +54,33 @@ class RecordedCounts:
 class Recorder:
     """Writes one epoch's gradients and factors.
 
+    Several processes record into one file: each calls `update` with its own steps, `lay_out` once when
+    `needs_layout`, `factors` and `finish`, all of them together.
+
     Args:
-        path: where the finished file will be.
+        writer: of the file; of several processes' writers the first process's makes it.
         plans: how each layer is stored.
-        num_examples: length of the dataset.
-        store_id: what ties the file to its checkpoint.
         bases: eigenbases from the epoch before, for layers with the eigen codec.
         bytes_per_example: budget of the eigen codec over all its layers.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
+        processes: that record together.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        writer: StoreWriter,
         plans: Mapping[str, LayerPlan],
         *,
-        num_examples: int,
-        store_id: str,
         bases: Mapping[str, Eigenbasis] | None = None,
         bytes_per_example: int = 8192,
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
-        self.writer = StoreWriter(path, num_examples=num_examples, store_id=store_id)
+        self.writer = writer
+        self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
         self._bases = {**known, **(bases or {})}
         self._bytes_per_example = bytes_per_example
@@ -92,10 +93,9 @@ class Recorder:
             and (keep_covariances or plan.codec != "eigen" or name in without_basis)
         }
         self._chooses_coordinates = any(plan.codec == "eigen" for plan in plans.values())
-        self._is_first = True  # the next block, by which coordinates are chosen
         self._records: dict[str, LayerRecord] = {}
         self._buffer: list[Block] = []
-        self._invalid: list[Block] = []
+        self._invalid: list[Block] = []  # while there is no file
         self.loss: dict[str, object] = {}
 
     def update(self, step: StepGradients, indices: np.ndarray, *, step_index: int, learning_rate: float) -> None:
@@ -111,12 +111,35 @@ class Recorder:
         self.loss = self.loss or step.scale.description
         step = StepGradients({name: self.reduce(name, g) for name, g in step.gradients.items()}, step.scale)
         self._buffer.append(Block.of_step(step, indices, step_index, learning_rate))
-        examples = sum(len(block) for block in self._buffer)
-        most, size = BLOCK_EXAMPLES, BLOCK_BYTES
-        if self._is_first and self._chooses_coordinates:
-            most, size = min(FIRST_EXAMPLES, BLOCK_EXAMPLES), FIRST_BYTES
-        if examples >= most or sum(block.nbytes for block in self._buffer) >= size:
+        if self.needs_layout:
+            if self._processes.is_alone and self.has_enough(*self.waiting):
+                self._flush()
+        elif sum(len(b) for b in self._buffer) >= BLOCK_EXAMPLES or self._buffered_bytes >= BLOCK_BYTES:
             self._flush()
+
+    @property
+    def needs_layout(self) -> bool:
+        """Whether it is still to be chosen, by the first examples of all processes, what rows keep."""
+        return not self._records and self._spool is None
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Examples that wait for `lay_out`, and the bytes that they take."""
+        return sum(len(block) for block in self._buffer), self._buffered_bytes
+
+    def has_enough(self, examples: float, nbytes: float) -> bool:
+        """Whether these are enough for `lay_out`."""
+        if self._chooses_coordinates:
+            return examples >= min(FIRST_EXAMPLES, BLOCK_EXAMPLES) or nbytes >= FIRST_BYTES
+        return examples >= BLOCK_EXAMPLES or nbytes >= BLOCK_BYTES
+
+    def lay_out(self) -> None:
+        """Choose what rows keep, by what all processes have seen so far, and make the file."""
+        with self._processes.together():
+            block = self._taken()
+        self._lay_out(block)
+        with self._processes.together():
+            self._write(block)
 
     @property
     def reduced_layers(self) -> frozenset[str]:
@@ -139,23 +162,41 @@ class Recorder:
         }
 
     def factors(self) -> dict[str, ScoredLayer]:
-        """Write what is buffered or spooled, and make every layer's factors.
+        """Write what is buffered or spooled, and make every layer's factors; empty but in the first process.
 
         Raises:
             CaptureError: if not one row with a finite gradient was recorded.
         """
-        self._flush()
+        processes = self._processes
+        if self.needs_layout:
+            self.lay_out()
+        with processes.together():
+            self._flush()
+        if not processes.is_alone:
+            processes.sum_(t for m in self._covariances.values() for t in m.to(processes.device).sums)
         if self._spool is not None:
-            self._bases |= self.next_bases()
-            with self._spool as spool:
-                for block in spool.blocks():
-                    self._write(block)
-            self._spool = None
-        if not self._records:
-            raise CaptureError("No row with a finite gradient was recorded; did the loss become NaN?")
-        for block in self._invalid:
-            self.writer.write_rows(block.indices, columns=block.columns, arrays={})
+            self._write_spooled(self._spool)
+        records = self._records.values()
+        processes.sum_(t for r in records if isinstance(r, EigenRecord) for t in r.eigenvalues.sums)
+        if not processes.is_first:
+            return {}
         return {name: record.finish(self._valid_rows(name)) for name, record in self._records.items()}
+
+    def _write_spooled(self, spool: Spool) -> None:
+        """Once the covariances are known: bases, then rows."""
+        with self._processes.together():
+            made = self.next_bases() if self._processes.is_first else {}
+            made = {name: _basis_on(torch.device("cpu"), basis) for name, basis in made.items()}
+        self._bases |= self._processes.from_first(made)
+        with spool:
+            with self._processes.together():
+                blocks = spool.blocks()
+                first = next(blocks, None)
+            self._lay_out(first)
+            with self._processes.together():
+                for block in itertools.chain([] if first is None else [first], blocks):
+                    self._write(block)
+        self._spool = None
 
     def counts(self) -> RecordedCounts:
         """Rows written, invalid and missing so far."""
@@ -175,6 +216,18 @@ class Recorder:
         documents: Mapping[str, object],
     ) -> None:
         """Add factors, attributes and documents, and put the finished file into place."""
+        with self._processes.together():
+            if self._processes.is_first:
+                self._finish(layers, attributes, documents)
+            else:
+                self.writer.leave()
+
+    def _finish(
+        self,
+        layers: Mapping[str, ScoredLayer],
+        attributes: Mapping[str, bool | int | float | str],
+        documents: Mapping[str, object],
+    ) -> None:
         described = [
             {
                 "name": name,
@@ -216,27 +269,45 @@ class Recorder:
                     "alike."
                 )
 
+    @property
+    def _buffered_bytes(self) -> int:
+        return sum(block.nbytes for block in self._buffer)
+
     def _flush(self) -> None:
+        block = self._taken()
+        if block is None:
+            return
+        if self._spool is not None:
+            self._spool.append(block)
+            return
+        if not self._records:
+            self._lay_out(block)
+        self._write(block)
+
+    def _taken(self) -> Block | None:
+        """The buffered examples with finite gradients, after the covariances have seen them."""
         if not self._buffer:
-            return
+            return None
         block, invalid = Block.concatenate(self._buffer).split_invalid()
-        self._buffer, self._is_first = [], False
-        self._invalid.append(invalid)
+        self._buffer = []
+        if len(invalid):
+            self._write_invalid(invalid)
         if not len(block):
-            return
+            return None
         for name, metric in self._covariances.items():
             if not isinstance(block.gradients[name], Coordinates):
                 metric.to(block.device).update(block.gradients[name])
-        if self._spool is None:
-            self._write(block)
-        else:
-            self._spool.append(block)
+        return block
 
-    def _write(self, block: Block) -> None:
-        if not self._records:
-            self._bases = {name: _basis_on(block.device, basis) for name, basis in self._bases.items()}
-            self._records = self._begin(block)
-            self.writer.create({name: _specs(record.codec) for name, record in self._records.items()})
+    def _write_invalid(self, block: Block) -> None:
+        if self._records:
+            self.writer.write_rows(block.indices, columns=block.columns, arrays={})
+        else:
+            self._invalid.append(block)
+
+    def _write(self, block: Block | None) -> None:
+        if block is None:
+            return
         gradients = block.gradients
         arrays = {
             name: _to_numpy(record.add(g if isinstance(g := gradients[name], Coordinates) else record.reduce(g)))
@@ -244,42 +315,64 @@ class Recorder:
         }
         self.writer.write_rows(block.indices, columns=block.columns, arrays=arrays)
 
-    def _begin(self, block: Block) -> dict[str, LayerRecord]:
-        """Lay out the rows; the first block's Lambda says which eigen-coordinates are worth keeping."""
-        eigen = {name: self._bases[name] for name, plan in self.plans.items() if plan.codec == "eigen"}
-        first = {name: second_moment_sum(block.gradients[name], eigen[name]) / len(block) for name in eigen}
-        chosen = select_coordinates(first, self._bytes_per_example) if eigen else {}
-        return {
-            name: EigenRecord(EigenCodec(eigen[name], *chosen[name]), first[name])
-            if name in eigen
-            else RowsFirstRecord(plan.codec_without_basis(), self._covariances.get(name))
-            for name, plan in self.plans.items()
-        }
+    def _lay_out(self, block: Block | None) -> None:
+        """Choose what rows keep, and make the file; the first block's Lambda says which coordinates are worth it.
+
+        Raises:
+            CaptureError: if no process has seen a finite gradient.
+        """
+        processes, eigen = self._processes, [n for n, plan in self.plans.items() if plan.codec == "eigen"]
+        with processes.together():
+            device = processes.device if block is None else block.device
+            self._bases = {name: _basis_on(device, basis) for name, basis in self._bases.items()}
+            first = {name: self._squares(name, block) for name in eigen}
+        (examples,) = processes.total(0 if block is None else len(block))
+        if not examples:
+            raise CaptureError("No row with a finite gradient was recorded; did the loss become NaN?")
+        processes.sum_(first.values())
+        with processes.together():
+            first = {name: squares / examples for name, squares in first.items()}
+            chosen = select_coordinates(first, self._bytes_per_example) if eigen else {}
+            self._records = {
+                name: EigenRecord(EigenCodec(self._bases[name], *chosen[name]), first[name])
+                if name in first
+                else RowsFirstRecord(plan.codec_without_basis(), self._covariances.get(name))
+                for name, plan in self.plans.items()
+            }
+        self._make_file()
+
+    def _make_file(self) -> None:
+        arrays = {name: _specs(record.codec) for name, record in self._records.items()}
+        with self._processes.together():
+            if self._processes.is_first:
+                self.writer.create(arrays)
+        with self._processes.together():
+            if not self._processes.is_first:
+                self.writer.join(arrays)
+            invalid, self._invalid = self._invalid, []
+            for block in invalid:
+                self._write_invalid(block)
+
+    def _squares(self, name: str, block: Block | None) -> Tensor:
+        """Sum of the squared coordinates of a block's gradients in a layer's basis."""
+        basis = self._bases[name]
+        if block is None:
+            return basis.eigenvalues_A.new_zeros(basis.shape)
+        return second_moment_sum(block.gradients[name], basis)
 
     def _read(self, name: str, indices: slice | np.ndarray) -> dict[str, Tensor]:
         return {key: torch.from_numpy(rows) for key, rows in self.writer.read_rows(name, indices).items()}
 
     def _valid_rows(self, name: str) -> Iterator[dict[str, Tensor]]:
+        """All valid rows, each as often as its example was seen."""
         valid = torch.from_numpy(self.writer.read_column("valid")).bool()
+        seen = torch.from_numpy(self.writer.read_column("occurrences"))
         for start in range(0, len(valid), READ_EXAMPLES):
             rows = slice(start, start + READ_EXAMPLES)
-            yield {key: array[valid[rows]] for key, array in self._read(name, rows).items()}
-
-
-def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: int) -> int:
-    """Bytes that one example's row arrays will take; exact for pairs, the most it can be for eigen."""
-    pairs = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values() if plan.codec != "eigen")
-    coordinates = sum(o * i for o, i in (plan.shape for plan in plans.values() if plan.codec == "eigen"))
-    return pairs + min(bytes_per_example, round(coordinates * BYTES_PER_COORDINATE))
-
-
-def expected_file_bytes(plans: Mapping[str, LayerPlan], bytes_per_row: int, num_examples: int) -> int:
-    """About the size of the whole file: rows, columns and float32 factors."""
-    factors = 0
-    for plan in plans.values():
-        sides = (plan.structure.inputs_shape(plan.shape), plan.structure.outputs_shape(plan.shape), plan.shape)
-        factors += 4 * sum(math.prod(side) for side in sides)
-    return num_examples * (bytes_per_row + COLUMN_BYTES) + factors
+            times = seen[rows][valid[rows]]
+            arrays = {key: array[valid[rows]] for key, array in self._read(name, rows).items()}
+            is_once = bool((times == 1).all())
+            yield arrays if is_once else {key: a.repeat_interleave(times, 0) for key, a in arrays.items()}
 
 
 def _basis_on(device: torch.device, basis: Eigenbasis) -> Eigenbasis:

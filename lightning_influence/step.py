@@ -35,6 +35,15 @@ class StepGradients:
     def __len__(self) -> int:
         return len(self.scale.losses)
 
+    def with_zeros(self, layers: Mapping[str, TrackedLayer]) -> StepGradients:
+        """The same for just these layers, in their order; those that the step did not use have zero gradients."""
+        zeros = self.scale.losses
+        gradients = {
+            name: self.gradients[name] if name in self.gradients else _zeros(layer, len(self), zeros)
+            for name, layer in layers.items()
+        }
+        return StepGradients(gradients, self.scale)
+
 
 class _Eager:
     """Compiled code would run without the hooks, so while any capture is active it runs eagerly.
@@ -132,6 +141,7 @@ class StepCapture:
         backpropagated_factor: float = 1.0,
         reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]] | None = None,
         names: Collection[str] | None = None,
+        kept: Tensor | None = None,
     ) -> StepGradients:
         """Per-example gradients after the backward; forgets the step.
 
@@ -141,14 +151,32 @@ class StepCapture:
                 backward (1 / accumulation, times the AMP scale).
             reduce: by layer, what to make of its gradients at once, so that its inputs need no copy.
             names: of the layers to make gradients of; None takes all.
+            kept: a mask [n] of the examples that are wanted; None takes all.
 
         Raises:
             LossNotRecognizedError: if the loss's scale cannot be known.
             LayerError: if no layer was seen.
             RowIndexError: if a layer's rows are not the batch's n examples.
         """
-        wanted = self.layers if names is None else {name: self.layers[name] for name in names}
-        raw = self._hooks.gradients(wanted)
+        step = self.since_last(
+            n, backpropagated_factor=backpropagated_factor, reduce=reduce, names=names, kept=kept
+        )
+        self.clear()
+        wanted = self.layers if names is None else names
+        return step.with_zeros({name: layer for name, layer in self.layers.items() if name in wanted})
+
+    def since_last(
+        self,
+        n: int | None = None,
+        *,
+        backpropagated_factor: float = 1.0,
+        reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]] | None = None,
+        names: Collection[str] | None = None,
+        kept: Tensor | None = None,
+    ) -> StepGradients:
+        """Gradients of the backwards since the last call, of the layers that they reached; else as `gradients`."""
+        names = self.layers.keys() if names is None else names
+        raw = self._hooks.gradients(names)
         if not raw:
             raise LayerError(
                 f"None of the {len(self.layers)} tracked layers took part in a backward; they are: "
@@ -162,15 +190,15 @@ class StepCapture:
         if nearest is not None and nearest.batch_dim != 0:
             scale = scale.of_positions_first()
         gradients, shared, reduce = {}, self._hooks.storages(), reduce or {}
-        for name, layer in wanted.items():
-            if name not in raw:
-                gradients[name] = _zeros(layer, n, scale.losses)
-            elif name in reduce:
-                gradients[name] = reduce[name](raw[name].rescaled(scale.factor, frozenset()))
-            else:
-                gradients[name] = raw[name].rescaled(scale.factor, shared)
-        self.clear()
-        return StepGradients(gradients, scale)
+        for name in raw:
+            own = frozenset() if name in reduce else shared
+            gradient = raw[name].rescaled(scale.factor, own)
+            if kept is not None:
+                gradient = gradient[kept.to(gradient.device)]
+            gradients[name] = reduce[name](gradient) if name in reduce else gradient
+        self._hooks.clear_reached()
+        self._tap.clear_reached()
+        return StepGradients(gradients, scale if kept is None else scale.of_examples(kept))
 
     def clear(self) -> None:
         """Forget the step, so that its activations can be freed."""

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.gradients import LayerGradient
-from lightning_influence.layer_record import LayerPlan, plan_layers
+from lightning_influence.layer_plan import LayerPlan, plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.recorder import Recorder
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import StepCapture, StepGradients
-from lightning_influence.store import StoreReader
+from lightning_influence.store import StoreReader, StoreWriter
 from tests.reference.gradients import linear_layer_names
 from tests.reference.models import Example
 
@@ -63,10 +63,8 @@ def train_epoch(
     """A recorder that has seen the examples, in the order given, at fixed weights."""
     order = list(range(len(examples)) if order is None else order)
     recorder = Recorder(
-        path,
+        StoreWriter(path, num_examples=num_examples or len(examples), store_id=STORE_ID),
         make_plans(model, examples[:1], codec),
-        num_examples=num_examples or len(examples),
-        store_id=STORE_ID,
         **options,
     )
     for number, start in enumerate(range(0, len(order), batch_size)):

@@ -13,9 +13,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower floors only, and from its own folder.
 FLOORS = [
     {"errors", "gradients"},
+    {"processes"},
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
     {"step", "scoring", "attachment"},
+    {"layer_plan"},
     {"layer_record"},
     {"blocks"},
     {"recorder", "query"},

@@ -11,11 +11,11 @@ import torch
 from lightning_influence import recorder as recorder_module
 from lightning_influence.errors import CaptureError
 from lightning_influence.gradients import FactoredGradient
-from lightning_influence.layer_record import plan_layers
+from lightning_influence.layer_plan import expected_bytes_per_row, expected_file_bytes, plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
-from lightning_influence.recorder import RecordedCounts, Recorder, expected_bytes_per_row, expected_file_bytes
-from lightning_influence.store import StoreReader
+from lightning_influence.recorder import RecordedCounts, Recorder
+from lightning_influence.store import StoreReader, StoreWriter
 from tests.plain_loop import (
     capture_step,
     decoded_rows,
@@ -338,10 +338,8 @@ def test_a_layer_that_a_step_did_not_use_has_zero_rows(tmp_path: Path) -> None:
     unused = FactoredGradient(torch.zeros(4, 1, 6), torch.zeros(4, 1, 4))
     step.gradients["first"] = unused
     recorder = Recorder(
-        tmp_path / "run.h5",
+        StoreWriter(tmp_path / "run.h5", num_examples=4, store_id="unused-layer-1"),
         make_plans(model, examples, "pairs-float32"),
-        num_examples=4,
-        store_id="unused-layer-1",
     )
     recorder.update(step, np.arange(4), step_index=0, learning_rate=0.1)
     finish(recorder, model)

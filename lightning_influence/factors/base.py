@@ -29,6 +29,11 @@ class SumMetric(Metric):
         """Register a state of zeros that is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum", persistent=True)
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """The states themselves, in a fixed order, to be added up over processes in place."""
+        return [getattr(self, name) for name in self._defaults]
+
     def _wrap_compute(self, compute: Callable) -> Callable:
         @functools.wraps(compute)
         def joined(*args: Any, **kwargs: Any) -> Any:  # the base class's would squeeze [1, 1] to a scalar

@@ -107,10 +107,16 @@ class GradientCapture:
         self._active.close()
 
     def clear(self) -> None:
-        """Forget the records, so that a step's activations can be freed."""
-        self._records = {}
+        """Forget the step, so that its activations can be freed."""
+        self.clear_reached()
         if self._uses is not None:
             self._uses.clear()
+
+    def clear_reached(self) -> None:
+        """Forget what backwards have brought so far; later ones of the same step are still recorded."""
+        self.nearest_to_loss = ""
+        for records in self._records.values():
+            records.clear()
 
     @property
     def unseen(self) -> list[str]:
@@ -185,12 +191,14 @@ class GradientCapture:
         return add_calls(calls)
 
     def _forward_hook(self, source: Source, number: int, name: str) -> Callable[..., None]:
-        records = self._records[name]
+        records, layer = self._records[name], self.layers[name]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             if module is not source.module:  # a copy of the model that was made meanwhile has the hook too
                 return
             if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                return
+            if not layer.is_trainable:  # now, as while another optimizer is toggled
                 return
             if not isinstance(next(iter((*args, *kwargs.values())), None), Tensor):
                 return  # such a layer is reported as unseen
@@ -235,6 +243,8 @@ class GradientCapture:
         self, name: str, layer_input: Tensor, output: Tensor, first_row: int, has_bias: bool, batch_dim: int | None
     ) -> None:
         """Expect the gradient of an `F.linear`'s output; its leading dimensions become those of the input."""
+        if not self.layers[name].is_trainable:
+            return
         seen, records, leading = _Seen((layer_input,)), self._records[name], layer_input.shape[:-1]
 
         def record(grad: Tensor) -> None:

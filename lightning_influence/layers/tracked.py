@@ -84,6 +84,11 @@ class TrackedLayer:
         return replace(self, sources=sources)
 
     @property
+    def is_trainable(self) -> bool:
+        """Whether its weight or bias wants a gradient now."""
+        return any(parameter.requires_grad for parameter in self.parameters.values())
+
+    @property
     def calls_are_all(self) -> bool:
         """Whether the modules' own calls are all uses of the weight that are to be expected.
 

@@ -63,6 +63,13 @@ class LossScale:
             )
         return replace(self, losses=torch.full_like(self.losses, math.nan))
 
+    def of_examples(self, kept: Tensor) -> LossScale:
+        """The scale of some of the examples, by a mask [n]."""
+        labels = None if self.labels is None else self.labels[kept.to(self.labels.device)]
+        factor = self.factor[kept.to(self.factor.device)] if self.factor.ndim else self.factor
+        losses = self.losses[kept.to(self.losses.device)]
+        return replace(self, factor=factor, losses=losses, labels=labels)
+
     @property
     def description(self) -> dict[str, object]:
         """For the file, in plain builtins.

@@ -86,6 +86,10 @@ class LossTap(TorchFunctionMode):
         self._calls = []
         self._failure = None
 
+    def clear_reached(self) -> None:
+        """Forgets the calls that a backward has reached; another backward may reach the others."""
+        self._calls = [call for call in self._calls if call.constant is None]
+
     def accounted_for(self) -> Tensor | None:
         """The part of what was back-propagated that the recorded losses make up; None without any."""
         parts = [(call.constant * call.value).sum() for call in self._calls if call.constant is not None]

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_influence.layer_record import LayerPlan
+from lightning_influence.layer_plan import LayerPlan, expected_bytes_per_row, expected_file_bytes
 from lightning_influence.layers import NOT_CHOSEN, Coverage
-from lightning_influence.recorder import RecordedCounts, expected_bytes_per_row, expected_file_bytes
+from lightning_influence.recorder import RecordedCounts
 from lightning_influence.training.staleness import Agreement
 
 STALE_BELOW = 0.9
@@ -24,13 +24,12 @@ def announce(
     plans: Mapping[str, LayerPlan],
     coverage: Coverage,
     *,
-    is_rolling: bool,
+    when: str,
     bytes_per_example: int,
     num_examples: int,
 ) -> None:
     """One line on what will be captured; one warning that names what is not."""
     codecs = [plan.codec for plan in plans.values()]
-    when = "each epoch (training may stop early)" if is_rolling else "the final epoch"
     row = expected_bytes_per_row(plans, bytes_per_example)
     size = expected_file_bytes(plans, row, num_examples)
     rank_zero_info(
@@ -44,10 +43,17 @@ def announce(
 
 
 def report_file(
-    trainer: Trainer, path: Path, *, epoch: int | None, counts: RecordedCounts, agreement: Agreement
+    trainer: Trainer,
+    path: Path,
+    *,
+    epoch: int | None,
+    counts: RecordedCounts,
+    agreement: Agreement,
+    seconds: float,
 ) -> None:
     """The finished file's numbers, to the log and to the user's loggers."""
     size = path.stat().st_size / 1e6
+    coverage = counts.written / (counts.written + counts.missing)
     metrics = {
         "influence/rows_written": counts.written,
         "influence/rows_missing": counts.missing,
@@ -55,6 +61,8 @@ def report_file(
         "influence/staleness_spearman": agreement.staleness,
         "influence/codec_spearman": agreement.codec,
         "influence/file_megabytes": size,
+        "influence/coverage_percent": 100 * coverage,
+        "influence/finish_seconds": seconds,
     }
     for logger in trainer.loggers:
         try:
@@ -66,7 +74,8 @@ def report_file(
         aged = f"staleness not measured ({agreement.note})"
     rank_zero_info(
         f"InfluenceCallback: epoch {epoch} is in {path}: {counts.written:,} rows, "
-        f"{counts.missing:,} missing, {counts.invalid:,} invalid, {size:.1f} MB, {aged}"
+        f"{counts.missing:,} missing, {counts.invalid:,} invalid ({coverage:.1%} of the dataset), "
+        f"{size:.1f} MB, {aged}"
     )
     if counts.invalid:
         rank_zero_warn(

@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy, XLAStrategy
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_influence.errors import UnsupportedTrainingError
+from lightning_influence.processes import ALONE, Processes
 
 
 def check_supported(trainer: Trainer) -> None:
     """Refuse what capture does not work with.
 
     Raises:
-        UnsupportedTrainingError: naming the strategy.
+        UnsupportedTrainingError: naming the strategy, with the reason.
     """
     strategy = trainer.strategy
-    if trainer.world_size > 1 or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    name = type(strategy).__name__
+    is_xla = isinstance(strategy, SingleDeviceXLAStrategy | XLAStrategy)
+    if is_xla or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise UnsupportedTrainingError(
-            f"Capture supports one process, found {type(strategy).__name__} with {trainer.world_size}; "
-            "pass `devices=1` and the default strategy."
+            f"Capture does not support {name}: a process must hold whole weights, whole gradients and its own "
+            "examples, and run PyTorch's own backward, as with one device or DDP; "
+            f'{name} may split them over devices or replace the backward. Pass `strategy="ddp"` or `devices=1`.'
         )
+    if trainer.num_nodes > 1:
+        raise UnsupportedTrainingError(
+            f"Capture supports one machine, found `num_nodes={trainer.num_nodes}`: all processes write one file "
+            "through shared memory. Capture with `num_nodes=1`, or afterwards with `capture(model, loader, path)`."
+        )
+
+
+def processes_of(trainer: Trainer) -> Processes:
+    """The processes that train together; every one of them must call this, with the same trainer."""
+    if trainer.world_size == 1:
+        return ALONE
+    device = trainer.strategy.root_device
+    return Processes(trainer.global_rank, trainer.world_size, group=distributed.new_group(), device=device)
+
+
+def backward_averages(trainer: Trainer) -> bool:
+    """Whether `.grad` will be the processes' mean after the backward that is about to start."""
+    model = trainer.strategy.model
+    return isinstance(model, DistributedDataParallel) and bool(model.require_backward_grad_sync)
+
+
+def has_exact_average(trainer: Trainer) -> bool:
+    """Whether processes average gradients as they are, and not through a communication hook."""
+    return getattr(trainer.strategy, "_ddp_comm_hook", None) is None
 
 
 def trainable(model: LightningModule) -> list[bool]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.errors import LayerError, RowIndexError
-from lightning_influence.layers import TrackedLayer, track_layers
+from lightning_influence.layer_plan import LayerPlan
+from lightning_influence.layers import TrackedLayer, UseShape, track_layers
+from lightning_influence.processes import ALONE, Processes
 from lightning_influence.step import LossKind, StepCapture
 from lightning_influence.training import report
 from lightning_influence.training.layout import find_batch_dims
@@ -37,7 +40,9 @@ class LayerTracking:
         self.layers, self.coverage = track_layers(model, patterns)
         self.capture = StepCapture(self.layers, loss=loss)
         self.is_verified = False
-        self._check = GradientCheck(self.layers)
+        self._check = GradientCheck(
+            self.layers
+        )  # of all, also those that are dropped: processes drop by themselves
         self._trainable = trainable(model)
 
     @property
@@ -49,14 +54,15 @@ class LayerTracking:
         """Just before a backward that is to be checked."""
         self._check.start()
 
-    def verify(self, loss: Tensor) -> None:
-        """Leave out, at first, and refuse, later, layers whose captured gradients are not their whole.
+    def look(self, loss: Tensor, *, is_averaged: bool = False) -> None:
+        """Just after a backward: see how the captured gradients compare with `.grad`, if that was started.
 
         Args:
             loss: that was just back-propagated.
+            is_averaged: whether `.grad` is the mean over processes now.
 
         Raises:
-            LayerError: if a layer that was whole in the first batch is not any more, or none is left.
+            LayerError: if a layer's gradients cannot be had any more, or none is left.
         """
         if not self.is_verified:
             changed = "its input is changed in place before the backward"
@@ -64,38 +70,53 @@ class LayerTracking:
         if not self._check.is_started:
             return
         calls, failures = self.capture.raw_calls()
-        self.drop(failures)
-        errors = self._check.mismatches(calls)
-        if errors is None:  # an overflow: look again at the next batch
+        self._leave_out(failures)
+        self._check.look(calls, is_averaged=is_averaged)
+        if not self.is_verified and (accounted := self.capture.accounted_for()) is not None:
+            rest = float((loss.float().sum() - accounted).abs() / loss.float().sum().abs())
+            if rest > 0.01:
+                report.warn_of_other_terms(rest)
+
+    def judge(self, processes: Processes = ALONE) -> None:
+        """Leave out, at first, and refuse, later, layers whose captured gradients are not their whole.
+
+        Of several processes, all must call this.
+
+        Raises:
+            LayerError: if a layer that was whole in the first batch is not any more, or none is left.
+        """
+        errors = self._check.mismatches(processes)
+        if errors is None:  # not looked at, or an overflow: look again at the next batch
             return
         reasons = {
             name: "its weight is also used outside of its forward, or gradients flow through it twice (captured "
             f"gradients differ from .grad by {error:.0%})"
             for name, error in errors.items()
+            if name in self.layers
         }
+        self._leave_out(reasons)
+        self.is_verified = True
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
         if self.is_verified and reasons:
             name, reason = next(iter(reasons.items()))
             raise LayerError(f"Layer {name!r}: {reason}; this was not so in the first batch.")
         self.drop(reasons)
-        if not self.is_verified and (accounted := self.capture.accounted_for()) is not None:
-            rest = float((loss.float().sum() - accounted).abs() / loss.float().sum().abs())
-            if rest > 0.01:
-                report.warn_of_other_terms(rest)
-        self.is_verified = True
 
-    def settle(self, trainer: Trainer, batch: Any, n: int) -> None:
-        """After the first batch's backward: drop what it did not use, and find where the examples are.
+    def settle(self, trainer: Trainer, batch: Any, n: int, shapes: Mapping[str, Sequence[UseShape]]) -> None:
+        """After the first batch: drop what it did not use, and find where the examples are.
 
         Args:
             trainer: whose precision is used.
             batch: as `training_step` got it.
             n: number of its examples.
+            shapes: of the output gradients of the layers that its backwards reached.
 
         Raises:
             RowIndexError: if the rows of no layer are the batch's examples.
         """
-        self.drop(dict.fromkeys(self.capture.unseen, "no call of it took part in the first batch's backward"))
-        shapes = self.capture.shapes()
+        unseen = [name for name in self.layers if name not in shapes]
+        self.drop(dict.fromkeys(unseen, "no call of it took part in the first batch's backward"))
         found, reasons = find_batch_dims(trainer, self.model, self.layers, shapes, batch, n)
         if not found:
             name = next(iter(reasons))
@@ -107,6 +128,12 @@ class LayerTracking:
         self._keep({**self.layers, **found})
         self.drop(reasons)
 
+    def agree(self, plans: Mapping[str, LayerPlan]) -> None:
+        """Go on with the layers that all processes capture, with the batch dimension that the plans say."""
+        others = [name for name in self.layers if name not in plans]
+        self.drop(dict.fromkeys(others, "another process does not capture it"))
+        self._keep({name: replace(self.layers[name], batch_dim=plan.batch_dim) for name, plan in plans.items()})
+
     def drop(self, reasons: Mapping[str, str]) -> None:
         """Stop tracking layers, and say why in the coverage.
 
@@ -117,7 +144,6 @@ class LayerTracking:
             return
         self.coverage = self.coverage.without(self.layers, reasons)
         self._keep({name: layer for name, layer in self.layers.items() if name not in reasons})
-        self._check = GradientCheck(self.layers)
         if not self.layers:
             raise LayerError(f"No layer can be attributed:\n{self.coverage}")
 

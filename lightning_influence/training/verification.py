@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
+from lightning_influence.processes import ALONE, Processes
 
 PROJECTIONS = 8
 # Of the sum of all absolute contributions, so that examples that cancel are no false alarm.
@@ -23,8 +24,27 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 5e-2
 
 
+class _Look:
+    """What was seen of one backward, by layer; `local` stacks `.grad` before, captured and absolute gradients."""
+
+    def __init__(self, is_averaged: bool) -> None:
+        self.is_averaged = is_averaged
+        self.after: dict[str, Tensor] = {}
+        self.local: dict[str, Tensor] = {}
+        self.tolerances: dict[str, Tensor] = {}
+
+    def average(self, processes: Processes) -> None:
+        """Make what each process saw the mean of all, as `.grad` is."""
+        processes.sum_([*self.local.values(), *self.tolerances.values()])
+        for seen in self.local.values():
+            seen /= processes.size
+
+
 class GradientCheck:
     """Compares a backward's captured gradients with the change of the layers' `.grad`.
+
+    `start` before the backward and `look` after it; `mismatches`, later, says what was found. Of several
+    processes, whose `.grad` becomes their mean, each looks, and all judge together.
 
     Args:
         layers: the tracked layers.
@@ -41,6 +61,7 @@ class GradientCheck:
             for name, layer in layers.items()
         }
         self._before: dict[str, Tensor] | None = None
+        self._looks: list[_Look] = []
 
     def start(self) -> None:
         """Just before the backward."""
@@ -51,27 +72,53 @@ class GradientCheck:
         """Whether `.grad` was looked at before the backward."""
         return self._before is not None
 
-    def mismatches(self, calls: Mapping[str, Sequence[LayerGradient]]) -> dict[str, float] | None:
-        """Layers that do not add up, with the error relative to `.grad`; None if nothing could be compared.
+    def look(self, calls: Mapping[str, Sequence[LayerGradient]], *, is_averaged: bool = False) -> None:
+        """Just after the backward.
 
         Args:
-            calls: gradients of each use of the layers, as back-propagated, just after the backward.
+            calls: gradients of each use of the layers, as back-propagated.
+            is_averaged: whether `.grad` is the mean over processes now.
         """
         before, self._before = self._before, None
         if before is None:
-            return None
-        found = {}
-        for name, gradients in calls.items():
-            products = torch.cat([g.projections(*self._projections[name]) for g in gradients])  # [parts, p]
-            gained = self._of_grad(name) - before[name]
-            difference = gained - products.sum(0)
-            tolerance = TOLERANCES.get(gradients[0].dtype, HALF_TOLERANCE)
-            allowed = tolerance * float(products.abs().sum(0).norm())
-            if not math.isfinite(allowed + float(difference.norm())):
-                return None
-            if difference.norm() > allowed and self._without_penalty(name, difference).norm() > allowed:
-                found[name] = float(difference.norm() / gained.norm().clamp(min=1e-30))
+            return
+        look = _Look(is_averaged)
+        for name in self._layers:
+            after, parts = self._of_grad(name), calls.get(name, ())
+            products = [g.projections(*self._projections[name]) for g in parts]
+            captured = torch.cat(products) if products else torch.zeros_like(after)[None]  # [parts, p]
+            tolerance = TOLERANCES.get(parts[0].dtype, HALF_TOLERANCE) if parts else 0.0
+            look.after[name] = after
+            look.local[name] = torch.stack([before[name], captured.sum(0), captured.abs().sum(0)])
+            look.tolerances[name] = torch.tensor([tolerance, float(bool(parts))], device=after.device)
+        self._looks.append(look)
+
+    def mismatches(self, processes: Processes = ALONE) -> dict[str, float] | None:
+        """Layers that did not add up, with the error relative to `.grad`; None if nothing could be compared."""
+        looks, self._looks = self._looks, []
+        found: dict[str, float] | None = None
+        for look in looks:
+            if look.is_averaged:
+                look.average(processes)
+            errors = {name: self._error(name, look) for name in self._layers}
+            if all(error is not None for error in errors.values()):
+                found = {**(found or {}), **{name: error for name, error in errors.items() if error}}
         return found
+
+    def _error(self, name: str, look: _Look) -> float | None:
+        """0 if a layer adds up or was not captured, None after an overflow."""
+        before, captured, absolute = look.local[name]
+        tolerance, present = look.tolerances[name].tolist()
+        if not present:
+            return 0.0
+        gained = look.after[name] - before
+        difference = gained - captured
+        allowed = tolerance / present * float(absolute.norm())
+        if not math.isfinite(allowed + float(difference.norm())):
+            return None
+        if difference.norm() > allowed and self._without_penalty(name, difference).norm() > allowed:
+            return float(difference.norm() / gained.norm().clamp(min=1e-30))
+        return 0.0
 
     def _of_grad(self, name: str) -> Tensor:
         grads = {key: parameter.grad for key, parameter in self._layers[name].parameters.items()}

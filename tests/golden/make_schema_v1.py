@@ -9,12 +9,12 @@ from torch import nn
 
 from lightning_influence.curvature import HeuristicDamping
 from lightning_influence.functional.weights import weights_hash
-from lightning_influence.layer_record import LayerPlan
+from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.recorder import Recorder
 from lightning_influence.step import StepCapture
-from lightning_influence.store import StoreReader
+from lightning_influence.store import StoreReader, StoreWriter
 
 FOLDER = Path(__file__).parent
 
@@ -64,7 +64,9 @@ def main() -> None:
         "head": LayerPlan((3, 4), False, "pairs", 1),
     }
     recorder = Recorder(
-        FOLDER / "schema_v1.h5", plans, num_examples=20, store_id="0123456789abcdef", bytes_per_example=16
+        StoreWriter(FOLDER / "schema_v1.h5", num_examples=20, store_id="0123456789abcdef"),
+        plans,
+        bytes_per_example=16,
     )
     step = captured(net, 18).gradients(18)
     recorder.update(step, np.arange(18), step_index=0, learning_rate=0.1)

@@ -9,12 +9,12 @@ from torch import nn
 
 from lightning_influence.curvature import HeuristicDamping
 from lightning_influence.functional.weights import weights_hash
-from lightning_influence.layer_record import plan_layers
+from lightning_influence.layer_plan import plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.recorder import Recorder
 from lightning_influence.step import StepCapture
-from lightning_influence.store import StoreReader
+from lightning_influence.store import StoreReader, StoreWriter
 from tests.golden.make_schema_v1 import scattered
 
 FOLDER = Path(__file__).parent
@@ -65,7 +65,9 @@ def main() -> None:
     pairs, eigen = (plan_layers(layers, step.gradients, codec) for codec in ("pairs-float16", "eigen"))
     plans = {name: (pairs if name in ("positions", "head", "norm") else eigen)[name] for name in layers}
     recorder = Recorder(
-        FOLDER / "schema_v2.h5", plans, num_examples=20, store_id="0123456789abcdef", bytes_per_example=160
+        StoreWriter(FOLDER / "schema_v2.h5", num_examples=20, store_id="0123456789abcdef"),
+        plans,
+        bytes_per_example=160,
     )
     recorder.update(step, np.arange(18), step_index=0, learning_rate=0.1)
     recorder.finish(

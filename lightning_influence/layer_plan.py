@@ -1,0 +1,108 @@
+"""How each layer's gradients will be stored, chosen from the first batch, and the bytes that it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from lightning_influence.codecs import DenseCodec, PairsCodec
+from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
+from lightning_influence.functional.quantize import RowDtype
+from lightning_influence.functional.structure import FULL, KroneckerStructure
+from lightning_influence.gradients import FactoredGradient, LayerGradient
+from lightning_influence.layers import TrackedLayer
+from lightning_influence.store import COLUMNS
+
+COLUMN_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
+CodecName = Literal["auto", "pairs", "pairs-float16", "pairs-float32", "eigen"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a layer's rows will be stored.
+
+    Args:
+        shape: (o, i) of the layer's gradient.
+        has_bias: whether the gradient's last column is the bias's.
+        codec: "pairs", "dense" or "eigen".
+        positions: shared positions of an example, as the first batch had them.
+        dtype: of stored pairs or dense gradients.
+        structure: which Kronecker factors there are.
+        ends_in_ones: whether every input ends in the bias's 1, which pairs then leave out.
+        batch_dim: the dimension of the layer's inputs that counts examples.
+    """
+
+    shape: tuple[int, int]
+    has_bias: bool
+    codec: Literal["pairs", "dense", "eigen"]
+    positions: int
+    dtype: RowDtype = "int8"
+    structure: KroneckerStructure = FULL
+    ends_in_ones: bool = False
+    batch_dim: int = 0
+
+    @property
+    def needs_basis(self) -> bool:
+        """Whether rows can be written only after covariances were seen."""
+        return self.codec == "eigen" and not self.structure.is_diagonal
+
+    def codec_without_basis(self) -> PairsCodec | DenseCodec:
+        """The codec for rows that are written before there is a basis."""
+        if self.codec == "dense":
+            return DenseCodec(self.shape, dtype=self.dtype)
+        return PairsCodec(self.shape, positions=self.positions, has_bias=self.ends_in_ones, dtype=self.dtype)
+
+
+def plan_layers(
+    layers: Mapping[str, TrackedLayer], gradients: Mapping[str, LayerGradient], codec: CodecName
+) -> dict[str, LayerPlan]:
+    """Choose a codec for each layer from one batch's gradients.
+
+    "auto" takes pairs where an example's gradient is one outer product, and eigen-coordinates elsewhere.
+    "pairs" takes dense gradients where the layer's are no outer products.
+
+    Raises:
+        ValueError: if there is no codec of that name.
+    """
+    if codec not in get_args(CodecName):
+        raise ValueError(f"`codec` must be one of {', '.join(get_args(CodecName))}, got {codec!r}.")
+    family, _, dtype = codec.partition("-")
+    plans = {}
+    for name, layer in layers.items():
+        gradient = gradients[name]
+        chosen = family
+        if family == "auto":
+            chosen = "pairs" if isinstance(gradient, FactoredGradient) and gradient.positions == 1 else "eigen"
+        elif family == "pairs" and not isinstance(gradient, FactoredGradient):
+            chosen = "dense"
+        plans[name] = LayerPlan(
+            layer.shape,
+            layer.has_bias,
+            chosen,  # type: ignore[arg-type]
+            gradient.positions,
+            dtype or "int8",  # type: ignore[arg-type]
+            layer.structure,
+            layer.ends_in_ones,
+            layer.batch_dim,
+        )
+    return plans
+
+
+def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: int) -> int:
+    """Bytes that one example's row arrays will take; exact for pairs, the most it can be for eigen."""
+    pairs = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values() if plan.codec != "eigen")
+    coordinates = sum(o * i for o, i in (plan.shape for plan in plans.values() if plan.codec == "eigen"))
+    return pairs + min(bytes_per_example, round(coordinates * BYTES_PER_COORDINATE))
+
+
+def expected_file_bytes(plans: Mapping[str, LayerPlan], bytes_per_row: int, num_examples: int) -> int:
+    """About the size of the whole file: rows, columns and float32 factors."""
+    factors = 0
+    for plan in plans.values():
+        sides = (plan.structure.inputs_shape(plan.shape), plan.structure.outputs_shape(plan.shape), plan.shape)
+        factors += 4 * sum(math.prod(side) for side in sides)
+    return num_examples * (bytes_per_row + COLUMN_BYTES) + factors

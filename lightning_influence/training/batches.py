@@ -1,0 +1,244 @@
+"""Capture of one training batch after another: hooks on, backwards watched, gradients collected.
+
+With one optimizer, a step applies the sum of a batch's gradients, and that is collected. Several optimizers
+each apply the gradients of a backward of their own: every layer's are those of the one backward that
+reached it while it was trainable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_influence.errors import LayerError, UnsupportedTrainingError
+from lightning_influence.gradients import LayerGradient
+from lightning_influence.layers import UseShape
+from lightning_influence.processes import Processes
+from lightning_influence.step import StepGradients
+from lightning_influence.training.asking import copied
+from lightning_influence.training.indices import NO_ROW
+from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.surroundings import (
+    backpropagated_factor,
+    backward_averages,
+    has_exact_average,
+    learning_rate,
+)
+from lightning_influence.training.tracking import LayerTracking
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a batch's gradients.
+
+    Args:
+        reduce: by layer, what to make of its gradients at once.
+        names: of the layers; None takes all.
+    """
+
+    reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]]
+    names: Collection[str] | None = None
+
+
+@dataclass(frozen=True)
+class CapturedBatch:
+    """One batch's gradients and what its rows say besides.
+
+    Args:
+        step: the gradients of its n examples.
+        rows: their dataset indices, int64 [n].
+        step_index: optimizer steps taken before this one.
+        learning_rate: of the first parameter group at this step.
+    """
+
+    step: StepGradients
+    rows: np.ndarray
+    step_index: int
+    learning_rate: float
+
+
+class BatchCapture:
+    """Captures training batches.
+
+    Args:
+        trainer: of the fit.
+        model: in training.
+        options: what the user asked for.
+        processes: that train together.
+        wanted: what is wanted of the batch that was started.
+
+    Attributes:
+        tracking: the layers.
+        first_batch: a copy of the first batch until its gradients are collected, None after that.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        options: CaptureOptions,
+        processes: Processes,
+        wanted: Callable[[], Wanted],
+    ) -> None:
+        self.trainer, self.model = trainer, model
+        self._options, self._processes, self._wanted = options, processes, wanted
+        self.first_batch: Any = None
+        self._is_armed = False
+        self._rows: np.ndarray | None = None
+        self._forget()
+        self.track()
+
+    def track(self) -> None:
+        """Start over with the layers that are trainable now."""
+        self.tracking = LayerTracking(self.model, self._options.layers, self._options.loss)
+        self._is_settled = False
+
+    def start(self, batch: Any, rows: np.ndarray) -> None:
+        """Arm the hooks, before `training_step`.
+
+        Args:
+            batch: as `training_step` gets it.
+            rows: dataset indices, int64 [n]; `NO_ROW` where a row is of no example.
+        """
+        self.disarm()
+        self._forget()
+        self._rows = rows
+        self._learning_rate = learning_rate(self.trainer)
+        self._factor = backpropagated_factor(self.trainer, self.model)
+        self._step_index = self.trainer.global_step
+        if not self._is_settled:
+            self.first_batch = copied(batch)
+        self.tracking.capture.__enter__()
+        self._is_armed = True
+        # Gradients that flow before the step's own backward (adversarial examples, say) are not the step's.
+        self.tracking.capture.set_open(not self.model.automatic_optimization)
+
+    def before_backward(self, loss: Tensor, *, is_checked: bool) -> None:
+        """Open the hooks; prepare the check against `.grad`."""
+        self._backwards += 1
+        if not self._is_armed or (self._backwards > 1 and not self._has_several_optimizers):
+            return
+        self.tracking.capture.set_open(True)
+        if is_checked and has_exact_average(self.trainer):
+            self._is_averaged = backward_averages(self.trainer)
+            self.tracking.start_check()
+        self._loss = loss.detach().clone()
+
+    def after_backward(self) -> None:
+        """Look at the gradients and, if nothing more will be added to them, take them before anything changes."""
+        if not self._is_armed:
+            return
+        is_over = self.model.automatic_optimization
+        if is_over:
+            self.disarm()  # the optimizer is left alone
+        with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+            if self._backwards == 1 or self._has_several_optimizers:
+                self.tracking.look(self._loss, is_averaged=self._is_averaged)
+                if self._processes.is_alone:
+                    self.tracking.judge()
+            if is_over or self._has_several_optimizers:
+                self._collect()
+
+    def finish(self, outputs: Any) -> CapturedBatch | None:
+        """The batch's gradients; None if it had no backward, as a skipped step has."""
+        rows, self._rows = self._rows, None
+        if rows is None:
+            return None
+        if self._backwards > 1 and self.model.automatic_optimization:
+            raise UnsupportedTrainingError(
+                f"`training_step` ran {self._backwards} times for one batch, as LBFGS does; capture needs an "
+                "optimizer that calls its closure once."
+            )
+        # Without a backward: a skipped step, or the batch norm update of weight averaging.
+        is_manual = bool(outputs) and not self.model.automatic_optimization
+        if not self._parts and (is_manual or len(self.tracking.capture.unseen) < len(self.tracking.layers)):
+            self._rows = rows
+            self._collect()
+            self._rows = None
+        self.disarm()
+        self.tracking.capture.clear()
+        if not has_exact_average(self.trainer):  # there is nothing to compare with
+            self.tracking.is_verified = True
+        if not self._parts:
+            return None
+        step = self._joined()
+        kept = rows[rows != NO_ROW]
+        return CapturedBatch(step, kept, self._step_index, self._learning_rate) if len(kept) else None
+
+    def disarm(self) -> None:
+        """Remove the hooks; may be called at any time."""
+        if self._is_armed:
+            self._is_armed = False
+            self.tracking.capture.set_open(False)
+            self.tracking.capture.__exit__()
+
+    def close(self) -> None:
+        """Remove the hooks and forget everything."""
+        self.disarm()
+        self._forget()
+        self.first_batch = None
+        self.tracking.capture.clear()
+
+    @property
+    def _has_several_optimizers(self) -> bool:
+        return len(self.trainer.optimizers) > 1 and not self.model.automatic_optimization
+
+    def _forget(self) -> None:
+        self._backwards = 0
+        self._is_averaged = False
+        self._parts: list[StepGradients] = []
+        self._shapes: dict[str, list[UseShape]] = {}
+
+    def _collect(self) -> None:
+        """Copy the gradients of what was back-propagated since the last time."""
+        assert self._rows is not None
+        capture, n = self.tracking.capture, len(self._rows)
+        shapes = capture.shapes()
+        if not self._is_settled:
+            self._shapes = {**shapes, **self._shapes}
+            if not self._has_several_optimizers:
+                self._settle()
+        if self._has_several_optimizers and not shapes:  # a backward of none of the layers
+            return
+        wanted, kept = self._wanted(), self._rows != NO_ROW
+        part = capture.since_last(
+            n,
+            backpropagated_factor=self._factor,
+            reduce=wanted.reduce,
+            names=wanted.names,
+            kept=None if kept.all() else torch.from_numpy(kept),
+        )
+        self._leave_out([n for n in part.gradients if any(n in other.gradients for other in self._parts)])
+        self._parts.append(part)
+
+    def _settle(self) -> None:
+        assert self._rows is not None
+        batch, self.first_batch = self.first_batch, None
+        self.tracking.settle(self.trainer, batch, len(self._rows), self._shapes)
+        self._is_settled = True
+
+    def _joined(self) -> StepGradients:
+        """One step of the parts, of just the layers that are wanted."""
+        if not self._is_settled:
+            self._settle()
+        names = self._wanted().names
+        gradients = {name: gradient for part in self._parts for name, gradient in part.gradients.items()}
+        layers = {n: layer for n, layer in self.tracking.layers.items() if names is None or n in names}
+        return replace(self._parts[0], gradients=gradients).with_zeros(layers)
+
+    def _leave_out(self, names: Collection[str]) -> None:
+        """Layers that several backwards reached: leave them out at first, and refuse them later."""
+        reason = (
+            "gradients from several backwards of one batch reach it, and which of them the optimizers' steps "
+            "applied cannot be told (call `self.toggle_optimizer(optimizer)` before and "
+            "`self.untoggle_optimizer(optimizer)` after each optimizer's part of `training_step`)"
+        )
+        if self._is_settled and names:
+            raise LayerError(f"Layer {next(iter(names))!r}: {reason}; this was not so in the first batch.")
+        self.tracking.drop(dict.fromkeys((name for name in names if name in self.tracking.layers), reason))

@@ -1,0 +1,137 @@
+"""One captured epoch: its recorder, and what the file says of it besides rows and factors."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_influence.functional.kronecker import Eigenbasis
+from lightning_influence.functional.weights import weights_hash
+from lightning_influence.processes import Processes
+from lightning_influence.recorder import Recorder
+from lightning_influence.training import report
+from lightning_influence.training.batches import CapturedBatch
+from lightning_influence.training.indices import NO_ROW
+from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.staleness import Agreement, StalenessProbe
+from lightning_influence.training.tracking import LayerTracking
+
+
+class EpochCapture:
+    """Capture of one epoch, from its first batch to its file.
+
+    Args:
+        trainer: of the fit, at the start of the epoch's first captured batch.
+        model: in training.
+        options: what the user asked for.
+        processes: that train together; the first one writes what is not rows.
+
+    Attributes:
+        recorder: of the rows; None until it is known how layers are stored.
+    """
+
+    def __init__(
+        self, trainer: Trainer, model: LightningModule, options: CaptureOptions, processes: Processes
+    ) -> None:
+        self.recorder: Recorder | None = None
+        self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
+        self._staleness = StalenessProbe()
+        self._batches = 0
+        self._attributes: dict[str, Any] = {"epoch": trainer.current_epoch, "step_start": trainer.global_step}
+        if processes.is_first:
+            self._attributes["weights_hash_start"] = weights_hash(model)
+
+    @property
+    def epoch(self) -> int:
+        """Its number, counted from 0."""
+        return self._attributes["epoch"]
+
+    def see(self, batch: Any, rows: np.ndarray, batch_idx: int) -> None:
+        """Before `training_step` can change the batch."""
+        self._batches += 1
+        if self._processes.is_first and (rows != NO_ROW).all():
+            self._staleness.see(batch, rows, batch_idx, self._trainer.num_training_batches)
+
+    def add(self, batch: CapturedBatch) -> None:
+        """Record a batch's rows."""
+        assert self.recorder is not None
+        self.recorder.update(
+            batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
+        )
+
+    def lay_out_if_ready(self, is_last: bool) -> None:
+        """Choose what rows keep, all processes together, once there are examples enough."""
+        recorder = self.recorder
+        if recorder is None or self._processes.is_alone or not recorder.needs_layout:
+            return
+        waiting = self._processes.total(*recorder.waiting)
+        if is_last or recorder.has_enough(*waiting):
+            recorder.lay_out()
+
+    def finish(self, path: Path, tracking: LayerTracking) -> Agreement:
+        """Factors, staleness, file, log; how rows agree with the final weights' is known to the first process."""
+        recorder, trainer, model = self.recorder, self._trainer, self._model
+        assert recorder is not None
+        began = time.monotonic()
+        layers = recorder.factors()
+        agreement, documents = Agreement(), {}
+        with self._processes.together():
+            if self._processes.is_first:
+                counts = recorder.counts()
+                agreement = self._staleness.measure(
+                    trainer, model, tracking.layers, self._options.loss, recorder, layers
+                )
+                documents = self._documents(tracking, recorder)
+                self._attributes |= self._final_attributes(agreement)
+        recorder.finish(layers, attributes=self._attributes, documents=documents)
+        if self._processes.is_first:
+            report.report_file(
+                trainer,
+                path,
+                epoch=self.epoch,
+                counts=counts,
+                agreement=agreement,
+                seconds=time.monotonic() - began,
+            )
+        return agreement
+
+    def next_bases(self) -> Mapping[str, Eigenbasis]:
+        """After `finish`: this epoch's bases, for the next."""
+        assert self.recorder is not None
+        return self.recorder.next_bases()
+
+    def discard(self) -> None:
+        """Leave no unfinished file; may be called more than once."""
+        if self.recorder is not None:
+            self.recorder.discard()
+
+    def _final_attributes(self, agreement: Agreement) -> dict[str, Any]:
+        planned = self._trainer.num_training_batches
+        return {
+            "step_end": self._trainer.global_step,
+            "weights_hash_end": weights_hash(self._model),
+            "batches_captured": self._batches,
+            "batches_planned": -1 if math.isinf(planned) else int(planned),
+            "rows": self._options.rows,
+            "fisher": self._options.fisher,
+            "loss": self._options.loss,
+            "processes": self._processes.size,
+            "staleness_spearman": agreement.staleness,
+            "staleness_note": agreement.note,
+            "codec_spearman": agreement.codec,
+        }
+
+    def _documents(self, tracking: LayerTracking, recorder: Recorder) -> dict[str, object]:
+        return {
+            "coverage": tracking.coverage.to_builtins(),
+            "loss": recorder.loss,
+            "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+        }

@@ -1,0 +1,92 @@
+"""What the user asks of a capture, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lightning_influence.layer_plan import CodecName
+from lightning_influence.step import LossKind
+
+Epochs = Literal["last", "every"] | int | list[int]
+Rows = Literal["online", "final"]
+IndexFn = Callable[[Any], "Sequence[int] | Tensor"]
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """The arguments of `InfluenceCallback`, which documents them.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if an argument has another value than it may have.
+    """
+
+    path: Path
+    layers: Sequence[str] | None = None
+    epochs: Epochs = "last"
+    rows: Rows = "online"
+    codec: CodecName = "auto"
+    fisher: Literal["empirical"] = "empirical"
+    loss: LossKind = "auto"
+    bytes_per_example: int = 8192
+    covariance_positions: int | None = 32
+    index_fn: IndexFn | None = None
+    index_key: str | int | None = None
+    num_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("codec", self.codec, get_args(CodecName))
+        check_choice("fisher", self.fisher, ("empirical",))
+        check_choice("loss", self.loss, get_args(LossKind))
+        check_choice("rows", self.rows, get_args(Rows))
+        if isinstance(self.layers, str):
+            raise TypeError(f"`layers` must be a list of names or glob patterns, got the string {self.layers!r}.")
+        if self.index_fn is not None and not callable(self.index_fn):
+            raise TypeError(f"`index_fn` must be a function from a batch to indices, got {self.index_fn!r}.")
+        if self.index_fn is not None and self.index_key is not None:
+            raise ValueError("`index_fn` and `index_key` both say where a batch's indices are; pass one of them.")
+        for name in ("bytes_per_example", "covariance_positions", "num_examples"):
+            value, may_be_none = getattr(self, name), name != "bytes_per_example"
+            if not (value is None and may_be_none) and value < 1:
+                expected = "positive or None" if may_be_none else "positive"
+                raise ValueError(f"`{name}` must be {expected}, got {value}.")
+        _check_epochs(self.epochs)
+        if self.rows == "final" and self.epochs != "last":
+            raise ValueError(
+                f'`rows="final"` captures rows once, after training, and goes with `epochs="last"` only, '
+                f"got `epochs={self.epochs!r}`."
+            )
+
+    @property
+    def keeps_segments(self) -> bool:
+        """Whether a captured epoch stays in the file when a later one is added."""
+        return self.epochs != "last"
+
+
+def check_choice(name: str, value: object, choices: Sequence[Hashable]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ValueError: naming the argument and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_epochs(epochs: object) -> None:
+    if epochs in ("last", "every"):
+        return
+    is_number = isinstance(epochs, int) and not isinstance(epochs, bool) and epochs >= 1
+    is_list = isinstance(epochs, list) and len(epochs) > 0
+    if is_list and all(isinstance(e, int) and not isinstance(e, bool) and e >= 0 for e in epochs):  # type: ignore[attr-defined]
+        return
+    if not is_number:
+        raise ValueError(
+            "`epochs` must be 'last', 'every', a number n >= 1 (every n-th) or a list of epochs, counted from 0, "
+            f"got {epochs!r}."
+        )

@@ -61,7 +61,8 @@ class InfluenceQuery:
         self.device = torch.device(device)
         self.layers = {entry["name"]: _load_layer(store, entry, self.device) for entry in described_layers(store)}
         self.valid = torch.from_numpy(store.column("valid").astype(bool))
-        self._trained_on = int(store.column("written").sum())
+        written = store.column("written").astype(bool)
+        self._occurrences = torch.from_numpy(np.where(written, store.column("occurrences"), 0))
 
     @property
     def num_examples(self) -> int:
@@ -160,8 +161,9 @@ class InfluenceQuery:
     def removal_effect(self, scores: Tensor, indices: Tensor | np.ndarray | list[int]) -> Tensor:
         """Predicted change of the measurement if these training examples were removed.
 
-        The first-order estimate -sum_m score[q, m] / N with N the examples that were trained on
-        (Koh & Liang 2017, arXiv:1703.04730), in the measurement's units.
+        The first-order estimate -sum_m c[m] score[q, m] / sum_n c[n] with c how often the captured
+        epoch trained on each example (Koh & Liang 2017, arXiv:1703.04730, where c is 1), in the
+        measurement's units. So an example that was seen twice is removed twice.
 
         Args:
             scores: of `scores`, shape [q, N].
@@ -178,7 +180,7 @@ class InfluenceQuery:
             raise QueryError(f"`indices` must be integers, dataset indices, got {chosen.dtype}.")
         chosen = chosen.long()
         self._check_removed(chosen)
-        return -scores[:, chosen].sum(1) / self._trained_on
+        return -(scores[:, chosen] * self._occurrences[chosen]).sum(1) / self._occurrences.sum()
 
     def _check_removed(self, chosen: Tensor) -> None:
         if len(chosen.unique()) < len(chosen):

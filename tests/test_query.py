@@ -231,6 +231,17 @@ def test_removal_effect_counts_the_examples_that_were_trained_on(gappy: Influenc
     torch.testing.assert_close(gappy.removal_effect(scores, [3]), -scores[:, 3] / 10)
 
 
+def test_removing_an_example_seen_twice_removes_both(tmp_path: Path, asked: dict) -> None:
+    examples = classification_examples(N)
+    twice = record(tmp_path / "twice.h5", seeded_classifier(), examples, order=[*SHUFFLED, 3])
+    # The same epoch by definition: a dataset that holds the example twice.
+    both = record(tmp_path / "both.h5", seeded_classifier(), [*examples, examples[3]], order=[*SHUFFLED, N])
+    for indices, copies in (([3], [3, N]), ([3, 8], [3, N, 8]), ([8], [8])):
+        found = twice.removal_effect(twice.scores(asked, curvature="kfac"), indices)
+        expected = both.removal_effect(both.scores(asked, curvature="kfac"), copies)
+        torch.testing.assert_close(found, expected)
+
+
 def test_removing_nothing_changes_nothing(recorded: InfluenceQuery, asked: dict) -> None:
     assert not recorded.removal_effect(recorded.scores(asked), []).any()
 

@@ -6,7 +6,9 @@ So no size that a file claims is ever allocated, and no filter, link or object i
 """
 
 import math
+import re
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import h5py
 import numpy as np
@@ -23,7 +25,9 @@ from lightning_influence.store.schema import (
     FORMAT,
     MAX_ATTRIBUTE_BYTES,
     MAX_DOCUMENT_BYTES,
+    MAX_SEGMENT,
     READABLE_VERSIONS,
+    SEGMENTS_SINCE,
 )
 
 Attribute = bool | int | float | str
@@ -55,16 +59,20 @@ class Extent:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything that a file says apart from its data.
+    """Everything that a segment says apart from its data.
 
     Args:
-        attributes: root attributes.
+        where: the segment's group, "" for the root.
+        number: the segment's.
+        attributes: of the root or of the segment's group.
         columns: by name, extents of shape [N].
         documents: by name, extents of shape [bytes], u1.
         factors: by layer, by name, of any shape.
         rows: by layer, by name, of shape [N, ...].
     """
 
+    where: str
+    number: int
     attributes: dict[str, Attribute]
     columns: dict[str, Extent]
     documents: dict[str, Extent]
@@ -72,7 +80,7 @@ class Structure:
     rows: dict[str, dict[str, Extent]]
 
 
-def read_structure(file: h5py.File, path: str, size: int) -> Structure:
+def read_structures(file: h5py.File, path: str, size: int) -> tuple[Structure, ...]:
     """Read and check all of a file but its data.
 
     Args:
@@ -80,40 +88,73 @@ def read_structure(file: h5py.File, path: str, size: int) -> Structure:
         path: its name, for messages.
         size: its real size in bytes.
 
+    Returns:
+        The root's structure, then those of the segments captured before.
+
     Raises:
         NotAStoreError, SchemaVersionError, IncompleteStoreError, CorruptStoreError: see there.
     """
-    attributes = _read_attributes(file, path)
+    attributes = _read_attributes(file)
     _check_identity(attributes, path)
-    n = attributes["num_examples"]
-    columns = _read_extents(_group(file, "rows", path), path, size)
-    documents = _read_extents(_group(file, "documents", path), path, size)
-    factors, rows = {}, {}
-    layers = _group(file, "layers", path)
-    for layer in _names(layers, path):
-        group = _group(layers, layer, path)
-        factors[layer] = _read_extents(_group(group, "factors", path), path, size)
-        rows[layer] = _read_extents(_group(group, "rows", path), path, size)
+    root = _read_segment(file, attributes, _root_number(attributes, path), path, size)
+    if not has_segments(attributes):
+        return (root,)
+    group, earlier = _group(file, "segments", path), []
+    for name in _names(group, path):
+        member = _group(group, name, path)
+        attributes = _read_attributes(member)
+        _check_segment(name, attributes, root, path)
+        earlier.append(_read_segment(member, attributes, int(name), path, size))
+    return root, *earlier
 
+
+def has_segments(attributes: dict[str, Attribute]) -> bool:
+    """Whether the version in these attributes knows segments and occurrences."""
+    return int(attributes["schema_version"]) >= SEGMENTS_SINCE
+
+
+def _read_segment(
+    group: h5py.Group, attributes: dict[str, Attribute], number: int, path: str, size: int
+) -> Structure:
+    """Read and check the members of the root or of an earlier segment."""
+    where = "" if group.name == "/" else f"/segments/{number}"
+    columns = _read_extents(_group(group, "rows", path), path, size)
+    documents = _read_extents(_group(group, "documents", path), path, size)
+    factors, rows = {}, {}
+    layers = _group(group, "layers", path)
+    for layer in _names(layers, path):
+        members = _group(layers, layer, path)
+        factors[layer] = _read_extents(_group(members, "factors", path), path, size)
+        rows[layer] = _read_extents(_group(members, "rows", path), path, size)
+    structure = Structure(where, number, attributes, columns, documents, factors, rows)
+    _check_shapes(structure, path)
+    return structure
+
+
+def _check_shapes(structure: Structure, path: str) -> None:
+    """Are all columns there, everything as long as the dataset, and documents bytes?"""
+    where, n = structure.where, structure.attributes["num_examples"]
+    columns = structure.columns
     for name, (dtype, _) in COLUMNS.items():
+        if name == "occurrences" and not has_segments(structure.attributes):
+            continue
         if name not in columns:
-            raise _corrupt(path, f"/rows/{name}", "a dataset", "nothing")
+            raise _corrupt(path, f"{where}/rows/{name}", "a dataset", "nothing")
         if columns[name].dtype != np.dtype(dtype):
-            raise _corrupt(path, f"/rows/{name}", f"dtype {dtype}", str(columns[name].dtype))
+            raise _corrupt(path, f"{where}/rows/{name}", f"dtype {dtype}", str(columns[name].dtype))
     for name, extent in columns.items():
         if extent.shape != (n,):
-            raise _corrupt(path, f"/rows/{name}", f"shape {(n,)}", f"{extent.shape}")
-    for layer, arrays in rows.items():
+            raise _corrupt(path, f"{where}/rows/{name}", f"shape {(n,)}", f"{extent.shape}")
+    for layer, arrays in structure.rows.items():
         for name, extent in arrays.items():
             if extent.shape[:1] != (n,):
-                where = f"/layers/{layer}/rows/{name}"
-                raise _corrupt(path, where, f"{n} rows (`num_examples`)", f"shape {extent.shape}")
-    for name, extent in documents.items():
+                found = f"shape {extent.shape}"
+                raise _corrupt(path, f"{where}/layers/{layer}/rows/{name}", f"{n} rows (`num_examples`)", found)
+    for name, extent in structure.documents.items():
         if extent.dtype != np.uint8 or len(extent.shape) != 1 or extent.nbytes > MAX_DOCUMENT_BYTES:
             expected = f"at most {MAX_DOCUMENT_BYTES} bytes of u1"
             found = f"{extent.dtype} of shape {extent.shape}"
-            raise _corrupt(path, f"/documents/{name}", expected, found)
-    return Structure(attributes, columns, documents, factors, rows)
+            raise _corrupt(path, f"{where}/documents/{name}", expected, found)
 
 
 def _check_identity(attributes: dict[str, Attribute], path: str) -> None:
@@ -144,18 +185,53 @@ def _check_identity(attributes: dict[str, Attribute], path: str) -> None:
         raise _corrupt(path, "attribute `store_id`", "a string", found)
 
 
-def _read_attributes(file: h5py.File, path: str) -> dict[str, Attribute]:
-    """The root attributes that are as the format wants them; the others are unknown to us."""
+def _root_number(attributes: dict[str, Attribute], path: str) -> int:
+    """The root's segment number; before there were segments, its epoch."""
+    if has_segments(attributes):
+        number = attributes.get("segment")
+        if not _is_number(number):
+            expected = f"an integer from 0 to {MAX_SEGMENT}"
+            raise _corrupt(path, "attribute `segment`", expected, repr(number))
+        return int(number)
+    epoch = attributes.get("epoch")
+    return int(epoch) if _is_number(epoch) else 0
+
+
+def _is_number(value: Attribute | None) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= MAX_SEGMENT
+
+
+def _check_segment(name: str, attributes: dict[str, Attribute], root: Structure, path: str) -> None:
+    """Is it of the root's run, with a number of its own, in a schema that we read?"""
+    where = f"/segments/{name}"
+    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", name) or int(name) == root.number:
+        expected = f"a number other than {root.number}, the root's, as its name"
+        raise _corrupt(path, where, expected, repr(name))
+    shared = ("format", "complete", "store_id", "num_examples")
+    expected_attributes = {key: root.attributes[key] for key in shared} | {"segment": int(name)}
+    for key, expected_value in expected_attributes.items():
+        found = attributes.get(key)
+        if type(found) is not type(expected_value) or found != expected_value:
+            raise _corrupt(path, f"{where}, attribute `{key}`,", repr(expected_value), repr(found))
+    version = attributes.get("schema_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise _corrupt(
+            path, f"{where}, attribute `schema_version`,", f"one of {sorted(READABLE_VERSIONS)}", repr(version)
+        )
+
+
+def _read_attributes(group: h5py.Group) -> dict[str, Attribute]:
+    """The attributes that are as the format wants them; the others are unknown to us."""
     attributes: dict[str, Attribute] = {}
-    for name in file.attrs:
+    for name in group.attrs:
         if not isinstance(name, str):  # h5py gives bytes for a name that is not UTF-8
             continue
-        attribute = file.attrs.get_id(name)
+        attribute = group.attrs.get_id(name)
         kind = attribute.get_type()
         is_text = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
         is_small = attribute.shape == () and attribute.get_storage_size() <= MAX_ATTRIBUTE_BYTES
         if is_small and (is_text or isinstance(kind, _ATTRIBUTE_TYPES)):
-            value = file.attrs[name]
+            value = group.attrs[name]
             attributes[name] = value.decode() if is_text else value.item()
     return attributes
 

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,23 +22,26 @@ from lightning_influence.errors import (
     StoreError,
     StoreNotFoundError,
 )
-from lightning_influence.store.checks import Extent, Structure, read_structure
+from lightning_influence.store.checks import Extent, Structure, has_segments, read_structures
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _Value = TypeVar("_Value")
 
 
 class StoreReader:
-    """Opens and checks a finished file.
+    """Opens and checks a finished file, and reads one of its segments.
 
     It can be pickled; it then opens the file at `path` again.
 
     Args:
         path: the file.
+        segment: number of the segment to read; None for the one captured last.
 
     Attributes:
         path: the file.
-        attributes: root attributes, plain bool, int, float and str.
+        segments: numbers of all segments in the file, ascending.
+        number: of the segment that this reader reads, as all that follows.
+        attributes: root attributes of the segment, plain bool, int, float and str.
         num_examples: N, the length of the dataset.
         store_id: what tells this run's file from others.
         layers: names of the layers.
@@ -50,22 +53,36 @@ class StoreReader:
         IncompleteStoreError: if it was never finished.
         CorruptStoreError: if it is damaged.
         StoreError: if it may not be read.
+        ValueError: if it has no such segment.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], segment: int | None = None) -> None:
         self.path = Path(path)
-        self._bytes, self._structure = _open(self.path)
-        self.attributes = dict(self._structure.attributes)
-        self.num_examples = int(self.attributes["num_examples"])
-        self.store_id = str(self.attributes["store_id"])
-        self.layers = tuple(self._structure.rows)
-        for name, extent in self._structure.columns.items():
-            self._verify(f"/rows/{name}", extent)
-        for name, extent in self._structure.documents.items():
-            self._verify(f"/documents/{name}", extent)
+        self._bytes, (root, *earlier) = _open(self.path)
+        self._structures = {structure.number: structure for structure in (root, *earlier)}
+        self.segments = tuple(sorted(self._structures))
+        for structure in self._structures.values():
+            for name, extent in structure.columns.items():
+                self._verify(f"{structure.where}/rows/{name}", extent)
+            for name, extent in structure.documents.items():
+                self._verify(f"{structure.where}/documents/{name}", extent)
+        self._select(root.number if segment is None else segment)
+        self._asked = segment
 
-    def __reduce__(self) -> tuple[type["StoreReader"], tuple[Path]]:
-        return StoreReader, (self.path,)
+    def __reduce__(self) -> tuple[type["StoreReader"], tuple[Path, int | None]]:
+        return StoreReader, (self.path, self._asked)
+
+    def segment(self, number: int) -> "StoreReader":
+        """A reader of another segment; it shares the open file.
+
+        Raises:
+            ValueError: if there is no such segment.
+        """
+        view = object.__new__(type(self))  # `copy.copy` would go by `__reduce__` and open the file again
+        view.__dict__.update(self.__dict__)
+        view._select(number)
+        view._asked = number
+        return view
 
     def document(self, name: str) -> Any:
         """The JSON document of that name.
@@ -78,14 +95,19 @@ class StoreReader:
         try:
             return json.loads(self._map(extent).tobytes())
         except (ValueError, RecursionError) as err:
-            raise CorruptStoreError(f"{self.path}: /documents/{name} must be JSON: {err}. Capture again.") from err
+            where = f"{self._structure.where}/documents/{name}"
+            raise CorruptStoreError(f"{self.path}: {where} must be JSON: {err}. Capture again.") from err
 
     def column(self, name: str) -> np.ndarray:
         """A copy of one column, shape [N].
 
+        Files older than `occurrences` trained on every written example once.
+
         Raises:
             ValueError: if there is none.
         """
+        if name == "occurrences" and not has_segments(self.attributes):
+            return self.column("written").astype(np.int32)
         return np.array(self._map(_look_up(self._structure.columns, name, "column", self.path)))
 
     def factors(self, layer: str) -> dict[str, np.ndarray]:
@@ -97,7 +119,7 @@ class StoreReader:
         """
         extents = _look_up(self._structure.factors, layer, "layer", self.path)
         for name, extent in extents.items():
-            self._verify(f"/layers/{layer}/factors/{name}", extent)
+            self._verify(f"{self._structure.where}/layers/{layer}/factors/{name}", extent)
         return {name: np.array(self._map(extent)) for name, extent in extents.items()}
 
     def rows(self, layer: str) -> dict[str, np.memmap]:
@@ -110,16 +132,38 @@ class StoreReader:
         return {name: self._map(extent) for name, extent in extents.items()}
 
     def verify_rows(self) -> None:
-        """Compare the checksums of all row arrays.
+        """Compare the checksums of all row arrays of all segments.
 
         This reads the whole file, so opening does not do it: call it once after copying a file.
 
         Raises:
             CorruptStoreError: if one differs.
         """
-        for layer, extents in self._structure.rows.items():
+        for structure in self._structures.values():
+            for layer, extents in structure.rows.items():
+                for name, extent in extents.items():
+                    self._verify(f"{structure.where}/layers/{layer}/rows/{name}", extent)
+
+    def datasets(self) -> Iterator[tuple[str, np.memmap, int]]:
+        """Every dataset of the segment: name within it, read-only map, claimed checksum; not checked."""
+        structure = self._structure
+        groups = {"rows": structure.columns, "documents": structure.documents}
+        groups |= {f"layers/{layer}/factors": extents for layer, extents in structure.factors.items()}
+        groups |= {f"layers/{layer}/rows": extents for layer, extents in structure.rows.items()}
+        for group, extents in groups.items():
             for name, extent in extents.items():
-                self._verify(f"/layers/{layer}/rows/{name}", extent)
+                yield f"{group}/{name}", self._map(extent), extent.crc32
+
+    def _select(self, number: int) -> None:
+        """Read this segment from now on."""
+        if number not in self._structures:
+            raise ValueError(f"no segment {number!r} in {self.path}; it has {[*self.segments]}.")
+        self._structure = self._structures[number]
+        self.number = self._structure.number
+        self.attributes = dict(self._structure.attributes)
+        self.num_examples = int(self.attributes["num_examples"])
+        self.store_id = str(self.attributes["store_id"])
+        self.layers = tuple(self._structure.rows)
 
     def _map(self, extent: Extent) -> np.memmap:
         part = self._bytes[extent.offset : extent.offset + extent.nbytes]
@@ -134,8 +178,8 @@ class StoreReader:
             )
 
 
-def _open(path: Path) -> tuple[np.memmap, Structure]:
-    """Map a file and read its structure."""
+def _open(path: Path) -> tuple[np.memmap, tuple[Structure, ...]]:
+    """Map a file and read its segments' structures, the root's first."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise NotAStoreError(f"{path} is a directory or device; pass a file.")
@@ -153,11 +197,11 @@ def _open(path: Path) -> tuple[np.memmap, Structure]:
         raise StoreError(f"{path} cannot be read: {err.strerror}; check its permissions.") from err
 
 
-def _parse(handle: Any, path: Path, size: int) -> Structure:
-    """Read the structure, with all that h5py may raise over garbage turned into our errors."""
+def _parse(handle: Any, path: Path, size: int) -> tuple[Structure, ...]:
+    """Read the structures, with all that h5py may raise over garbage turned into our errors."""
     try:
         with h5py.File(handle, "r") as file:
-            return read_structure(file, str(path), size)
+            return read_structures(file, str(path), size)
     except (OSError, LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as err:
         if path.suffix == ".partial":
             raise IncompleteStoreError(

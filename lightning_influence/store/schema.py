@@ -1,24 +1,35 @@
-"""The file format, schema version 2.
+"""The file format, schema version 3.
 
-One HDF5 file holds one training run: per-example gradients of ``N`` dataset rows, by layer.
+One HDF5 file holds one training run: per-example gradients of ``N`` dataset rows, by layer, of one
+captured epoch or of several. Each captured epoch is a segment; the root is the one captured last.
 
 Layout
     ======================================  ==================================================
     root attributes                         ``format`` = "lightning-influence",
-                                            ``schema_version`` = 2, ``complete``, ``store_id``,
-                                            ``num_examples`` = N, and what the run adds
+                                            ``schema_version`` = 3, ``complete``, ``store_id``,
+                                            ``num_examples`` = N, ``segment`` = the root's number,
+                                            and what the run adds
     ``/rows/<column>``                      ``[N]``, one value per dataset index
     ``/documents/<name>``                   ``[bytes]`` u1: one JSON document in UTF-8
     ``/layers/<layer>/factors/<name>``      any shape: ``Q_A``, ``Q_S``, ``Lambda``, ...
     ``/layers/<layer>/rows/<name>``         ``[N, ...]``, one row per dataset index
+    ``/segments/<number>``                  a segment captured before: ``rows``, ``documents``
+                                            and ``layers`` as in the root, and the attributes
+                                            that its root had
     ======================================  ==================================================
 
     Columns: ``written`` u1, ``valid`` u1, ``loss`` f4 (NaN: unknown), ``step`` i8 (-1: unknown),
-    ``learning_rate`` f4 (NaN: unknown), ``label`` i8 (-1: unknown). Others may follow.
+    ``learning_rate`` f4 (NaN: unknown), ``label`` i8 (-1: unknown), ``occurrences`` i4 (how often
+    the epoch trained on the example; the row is that of the last time). Others may follow.
 
 Rules
     - Row ``k`` of every column and row array MUST belong to dataset index ``k``. It means
       something only where ``written[k]`` is 1; an unwritten row holds zeros.
+    - A segment's number, an integer from 0 below 10^18, MUST be unique in the file. In ``/segments`` it
+      is the group's name in decimal, without leading zeros, and its attribute ``segment``.
+    - A segment's ``format``, ``complete``, ``store_id`` and ``num_examples`` MUST equal the root's. Its
+      ``schema_version`` is that of the file that it was captured in, and says how to read it.
+    - Layers MAY differ from segment to segment.
     - Datasets MUST be little-endian f2, f4, f8, i1, u1, i4 or i8, not empty, contiguous and
       without filters, so that a reader can map them at their offset in the file.
     - Every dataset MUST have an attribute ``crc32``: ``zlib.crc32`` of its bytes.
@@ -28,9 +39,9 @@ Rules
     - Links MUST be hard links. No virtual datasets, no external storage, no pickles.
     - ``complete`` is set last. A file being written has another name, which ends in ".partial";
       one at its final name is complete.
-    - Readers ignore root members and root attributes that they do not know.
+    - Readers ignore members and attributes of the root and of segments that they do not know.
 
-Checked on opening: the format, version and ``complete``; every dataset's link, type, shape,
+Checked on opening, of every segment: the format, version and ``complete``; every dataset's link, type, shape,
 layout and place inside the file; N against every column and row array; checksums of columns and
 documents. Checked when read: checksums of factors. Checked only by ``StoreReader.verify_rows``:
 checksums of row arrays, which are most of the file. HDF5 itself checks its metadata.
@@ -76,8 +87,9 @@ Codecs
     ``eigen``: entry j of ``codes`` times ``scales[j // 64]`` times the factor ``whitening[j]`` is the
     entry ``coordinates[j]`` of the row-major flattened Q_S^T G Q_A; all other entries count as 0.
 
-Version 1, which opens for ever, had no ``batch_dim`` (0), no ``structure`` (one group, both sides full) and no
-``dense``.
+Versions 1 and 2 open for ever. They had no ``/segments``, no ``segment`` (it is the attribute ``epoch``
+if that is an integer from 0, else 0) and no ``occurrences`` (they are ``written``). Version 1 had no
+``batch_dim`` (0), no ``structure`` (one group, both sides full) and no ``dense``.
 
 Reading it with h5py alone. A file to read:
 
@@ -117,12 +129,14 @@ from dataclasses import dataclass
 import numpy as np
 
 FORMAT = "lightning-influence"
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = frozenset({1, 2})
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = frozenset({1, 2, 3})
+SEGMENTS_SINCE = 3  # the first version with segments and occurrences
+MAX_SEGMENT = 10**18 - 1
 DTYPES = frozenset({"f2", "f4", "f8", "i1", "u1", "i4", "i8"})
 MAX_ATTRIBUTE_BYTES = 32 * 1024
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
-RESERVED_ATTRIBUTES = frozenset({"format", "schema_version", "complete", "store_id", "num_examples"})
+RESERVED_ATTRIBUTES = frozenset({"format", "schema_version", "complete", "store_id", "num_examples", "segment"})
 
 # Column: (dtype, value where nothing is known).
 COLUMNS: dict[str, tuple[str, float]] = {
@@ -132,6 +146,7 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "step": ("i8", -1),
     "learning_rate": ("f4", math.nan),
     "label": ("i8", -1),
+    "occurrences": ("i4", 0),
 }
 
 

@@ -35,9 +35,9 @@ def random_arrays(n: int, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def write_file(path: Path, store_id: str = "0123456789abcdef") -> Path:
+def write_file(path: Path, segment: int = 0, after: Path | None = None) -> Path:
     """A finished file with every row but 2 written."""
-    writer = StoreWriter(path, num_examples=N, store_id=store_id)
+    writer = StoreWriter(path, num_examples=N, store_id="0123456789abcdef", segment=segment, after=after)
     writer.create(LAYERS)
     indices = np.array([6, 0, 3, 5, 1, 4])
     columns = {"valid": np.ones(6, bool), "loss": np.linspace(0, 1, 6)}

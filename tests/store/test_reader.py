@@ -182,8 +182,8 @@ def test_hdf5_of_others_is_not_a_store(tmp_path, value):
 
 def test_another_schema_version_is_named(store_path):
     with h5py.File(store_path, "r+") as file:
-        file.attrs["schema_version"] = 3
-    with pytest.raises(SchemaVersionError, match=r"version 3, expected one of \[1, 2\]"):
+        file.attrs["schema_version"] = 4
+    with pytest.raises(SchemaVersionError, match=r"version 4, expected one of \[1, 2, 3\]"):
         StoreReader(store_path)
 
 
@@ -214,7 +214,7 @@ def test_a_partial_file_that_hdf5_cannot_open_is_incomplete(store_path):
         StoreReader(partial)
 
 
-@pytest.mark.parametrize("name", ["schema_version", "num_examples", "store_id"])
+@pytest.mark.parametrize("name", ["schema_version", "num_examples", "store_id", "segment"])
 @pytest.mark.parametrize("value", [None, 0.5, "1", np.ones(2, int)])
 def test_a_bad_identity_is_corrupt(store_path, name, value):
     with h5py.File(store_path, "r+") as file:
@@ -269,7 +269,7 @@ def test_a_changed_row_is_found_by_verify_rows(store_path):
         reader.verify_rows()
 
 
-@pytest.mark.parametrize("name", ["rows", "documents", "layers", "rows/loss", f"layers/{LAYER}/rows"])
+@pytest.mark.parametrize("name", ["rows", "documents", "layers", "segments", "rows/loss", f"layers/{LAYER}/rows"])
 def test_a_missing_member_is_corrupt(store_path, name):
     with h5py.File(store_path, "r+") as file:
         del file[name]
@@ -415,17 +415,21 @@ def test_a_huge_shape_is_corrupt_and_allocates_nothing(store_path):
 def contents(reader: StoreReader) -> list[object]:
     """All that a reader gives, comparable; damage that a checksum covers raises."""
     reader.verify_rows()
-    arrays = [reader.column("loss"), reader.column("written")]
-    for layer in LAYERS:
-        arrays += [*reader.factors(layer).values(), *reader.rows(layer).values()]
-    documents = [reader.document(name) for name in DOCUMENTS]
-    return [reader.attributes, reader.layers, documents, *(array.tobytes() for array in arrays)]
+    found: list[object] = [reader.segments]
+    for segment in map(reader.segment, reader.segments):
+        arrays = [segment.column("loss"), segment.column("written")]
+        for layer in LAYERS:
+            arrays += [*segment.factors(layer).values(), *segment.rows(layer).values()]
+        documents = [segment.document(name) for name in DOCUMENTS]
+        found += [segment.attributes, segment.layers, documents, *(array.tobytes() for array in arrays)]
+    return found
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> tuple[Path, list[object]]:
-    """A finished file, not to be changed, and its contents."""
+    """A finished file of two segments, not to be changed, and its contents."""
     path = write_file(tmp_path_factory.mktemp("intact") / "run.h5")
+    write_file(path, segment=1, after=path)
     return path, contents(StoreReader(path))
 
 

@@ -241,7 +241,7 @@ def test_nothing_can_be_written_after_the_end(tmp_path, end):
 
 def test_create_twice_is_refused(tmp_path):
     writer = open_writer(tmp_path / "run.h5")
-    with pytest.raises(StoreError, match="call `create` once"):
+    with pytest.raises(StoreError, match="is open already"):
         writer.create(LAYERS)
 
 

@@ -96,6 +96,7 @@ class Recorder:
         self._records: dict[str, LayerRecord] = {}
         self._buffer: list[Block] = []
         self._invalid: list[Block] = []  # while there is no file
+        self._seen = np.zeros(writer.num_examples, bool)  # by this process
         self.loss: dict[str, object] = {}
 
     def update(self, step: StepGradients, indices: np.ndarray, *, step_index: int, learning_rate: float) -> None:
@@ -108,6 +109,7 @@ class Recorder:
             learning_rate: of the first parameter group at this step.
         """
         self._check_positions(step)
+        self._seen[indices] = True
         self.loss = self.loss or step.scale.description
         step = StepGradients({name: self.reduce(name, g) for name, g in step.gradients.items()}, step.scale)
         self._buffer.append(Block.of_step(step, indices, step_index, learning_rate))
@@ -176,11 +178,26 @@ class Recorder:
             processes.sum_(t for m in self._covariances.values() for t in m.to(processes.device).sums)
         if self._spool is not None:
             self._write_spooled(self._spool)
+        self._check_shared()
         records = self._records.values()
         processes.sum_(t for r in records if isinstance(r, EigenRecord) for t in r.eigenvalues.sums)
         if not processes.is_first:
             return {}
         return {name: record.finish(self._valid_rows(name)) for name, record in self._records.items()}
+
+    def _check_shared(self) -> None:
+        """Refuse an example that several processes saw: its row would be written by both at once."""
+        if self._processes.is_alone:
+            return
+        seen = torch.from_numpy(self._seen.astype(np.int32)).to(self._processes.device)
+        self._processes.sum_([seen])
+        (shared,) = torch.nonzero(seen > 1, as_tuple=True)
+        if len(shared):
+            raise CaptureError(
+                f"{len(shared)} examples were seen by several processes in one epoch (the first is "
+                f"{int(shared[0])}), but a file holds one row an example; let each process draw its own, as "
+                "`DistributedSampler` does."
+            )
 
     def _write_spooled(self, spool: Spool) -> None:
         """Once the covariances are known: bases, then rows."""

@@ -18,7 +18,7 @@ from lightning_influence.functional.weights import weights_hash
 from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
-from lightning_influence.training.batches import CapturedBatch
+from lightning_influence.training.batch_capture import CapturedBatch
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.staleness import Agreement, StalenessProbe

@@ -31,7 +31,6 @@ from lightning_influence.errors import RowIndexError
 
 _FIX = "pass `index_fn=`, a function from a batch to one dataset index per row"
 _MISSING = object()
-NO_ROW = -1  # of a row that is of no example, such as a sampler's padding
 
 
 class _Pass(Iterator[Any]):

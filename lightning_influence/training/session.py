@@ -23,7 +23,7 @@ from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.store import StoreWriter
 from lightning_influence.training import report
-from lightning_influence.training.batches import BatchCapture, CapturedBatch, Wanted
+from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.epoch import EpochCapture
 from lightning_influence.training.indices import IndexRecorder
 from lightning_influence.training.options import CaptureOptions

@@ -316,7 +316,7 @@ def test_announced_bytes_are_those_of_the_file(tmp_path: Path, codec: str) -> No
 def test_announced_file_size_is_near_the_files() -> None:
     plans = make_plans(seeded_classifier(), classification_examples(2), "pairs")
     # A, S and Lambda: 4 bytes x (16 + 36 + 24 + 9 + 25 + 15)
-    assert expected_file_bytes(plans, 40, 10) == 10 * (40 + 26) + 4 * 125
+    assert expected_file_bytes(plans, 40, 10) == 10 * (40 + 30) + 4 * 125
 
 
 def test_auto_takes_pairs_for_vectors_and_eigen_for_sequences() -> None:

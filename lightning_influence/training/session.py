@@ -134,7 +134,7 @@ class CaptureSession:
             self._skips_rest = True
             self._indices.skip_rest()
             return
-        self._batch_rows = self._indices.next_batch(batch, batch_idx)
+        self._batch_rows = self._indices.next_batch(batch, batch_idx).indices
         if self._records_rows() and not self._epoch_attributes:
             self._epoch_attributes = {
                 "epoch": self.trainer.current_epoch,

@@ -7,7 +7,7 @@ same one in two loaders stands there twice.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import CombinedLoader
@@ -66,14 +66,14 @@ def place_loaders(collection: Any) -> list[PlacedLoader]:
         RowIndexError: The collection is of a kind whose keys are unknown, or has a loader twice.
     """
     flattened = CombinedLoader(collection).flattened
-    placed = list(_walk(collection, ()))
-    if len(flattened) == 1 and flattened[0] is collection:
-        return [PlacedLoader((), collection)]
-    if [id(each.loader) for each in placed] != [id(loader) for loader in flattened]:
+    ids = [id(loader) for loader in flattened]
+    placed = list(_walk(collection, (), set(ids)))
+    if [id(each.loader) for each in placed] != ids:
         raise RowIndexError(
-            "Training dataloaders must be nested in lists, tuples and dicts for their rows to be told."
+            "Training dataloaders must be nested in lists, tuples and dicts for their rows to be told, "
+            f"found {type(collection).__name__}."
         )
-    if len({id(loader) for loader in flattened}) < len(flattened):
+    if len(set(ids)) < len(ids):
         raise RowIndexError("A training dataloader is there twice; make two, so that their batches can be told.")
     return placed
 
@@ -115,16 +115,12 @@ def lay_out(loaders: Sequence[PlacedLoader], num_examples: int | None) -> tuple[
     return tuple(ranges)
 
 
-def _walk(node: Any, path: tuple[Any, ...]) -> Iterator[PlacedLoader]:
-    if isinstance(node, Mapping):
-        items = list(node.items())
-    elif isinstance(node, list | tuple | deque):
-        items = list(enumerate(node))
-    else:
+def _walk(node: Any, path: tuple[Any, ...], leaves: set[int]) -> Iterator[PlacedLoader]:
+    if id(node) in leaves or not isinstance(node, dict | list | tuple | deque):
         yield PlacedLoader(path, node)
         return
-    for key, child in items:
-        yield from _walk(child, (*path, key))
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _walk(child, (*path, key), leaves)
 
 
 def _length(loader: Any) -> int | None:

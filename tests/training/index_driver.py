@@ -1,11 +1,12 @@
 """A model that knows which examples it trained on, and a callback that drives a recorder."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_influence.errors import RowIndexError
 from lightning_influence.training.indices import IndexRecorder
@@ -13,6 +14,11 @@ from lightning_influence.training.indices import IndexRecorder
 N = 11
 POSITIONS = torch.arange(N)
 DATASET = TensorDataset(torch.linspace(-1, 1, N * 3).reshape(N, 3), POSITIONS)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DATASET)
 
 
 class Model(pl.LightningModule):
@@ -42,6 +48,7 @@ class Driver(pl.Callback):
     def __init__(self, recorder: IndexRecorder | None = None) -> None:
         self.recorder = recorder or IndexRecorder()
         self.recorded: list[list[int]] = []
+        self.parts: list[tuple[int, ...]] = []
         self.problems: list[str] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -62,6 +69,7 @@ class Driver(pl.Callback):
             assert rows.indices.dtype == np.int64
             assert sum(rows.parts) == len(rows.indices)
             self.recorded.append(rows.indices.tolist())
+            self.parts.append(rows.parts)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.recorder.uninstall()

@@ -6,6 +6,7 @@ import random
 import signal
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,6 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
@@ -27,7 +27,17 @@ from torch.utils.data import (
 from lightning_influence.errors import RowIndexError
 from lightning_influence.training.index_sampling import LoaderRecording
 from lightning_influence.training.indices import IndexRecorder
-from tests.training.index_driver import DATASET, Driver, Model, N, assert_recorded, fit, make_loader, make_trainer
+from tests.training.index_driver import (
+    DATASET,
+    Driver,
+    Model,
+    N,
+    Stream,
+    assert_recorded,
+    fit,
+    make_loader,
+    make_trainer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
 
@@ -188,7 +198,7 @@ def test_batches_that_are_none_are_skipped() -> None:
     assert_recorded(model, driver, num_batches=4)
 
 
-def test_resume_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
+def test_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     class SaveAndStop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == 4:
@@ -382,33 +392,6 @@ def test_install_lets_go_of_an_earlier_trainer() -> None:
     assert "process_dataloader" in vars(second.strategy)
 
 
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(DATASET)
-
-
-class SizedStream(Stream):
-    def __len__(self) -> int:
-        return N
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [make_loader(), make_loader(SizedStream()), make_loader(num_workers=1, in_order=False)],
-    ids=["map_style", "iterable_with_length", "not_in_order"],
-)
-def test_index_fn_replaces_recording(loader: DataLoader) -> None:
-    model, driver = fit(loader, recorder=IndexRecorder(lambda batch: batch[1]))
-    assert_recorded(model, driver, num_batches=6)
-    assert driver.recorder.num_examples == N
-
-
-def test_index_fn_without_dataset_length() -> None:
-    model, driver = fit(make_loader(Stream()), recorder=IndexRecorder(lambda b: b[1].tolist()))
-    assert_recorded(model, driver, num_batches=6)
-    assert driver.recorder.num_examples is None
-
-
 class PairSampler(BatchSampler):
     """Indices that are keys of more than one part."""
 
@@ -480,25 +463,6 @@ def test_refusal_says_why_and_training_goes_on(name: str) -> None:
         raise RowIndexError(driver.problems[0])
 
 
-@pytest.mark.parametrize(
-    ("index_fn", "message"),
-    [
-        (lambda batch: None, "`index_fn` must give one integer index per row, got NoneType"),
-        (lambda batch: batch[0], "must give one integer index per row, got Tensor"),
-        (lambda batch: batch[1].float(), "must give one integer index per row, got Tensor"),
-        (lambda batch: [[1], [2, 3]], "must give one integer index per row, got list"),
-        (lambda batch: batch[1] > 3, "must give one integer index per row, got Tensor"),
-        (lambda batch: batch[1] + N, "below the dataset's length 11, got 11"),
-        (lambda batch: batch["id"], "`index_fn` raised TypeError"),
-    ],
-    ids=["none", "rows", "float", "ragged", "bool", "out_of_range", "raises"],
-)
-def test_index_fn_is_checked(index_fn: Any, message: str) -> None:
-    _, driver = fit(make_loader(), recorder=IndexRecorder(index_fn), max_epochs=1)
-    assert len(driver.problems) == 3
-    assert message in driver.problems[0]
-
-
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
 def test_step_that_fetches_its_own_batches_is_refused() -> None:
     class Fetching(Model):
@@ -508,6 +472,47 @@ def test_step_that_fetches_its_own_batches_is_refused() -> None:
 
     _, driver = fit(make_loader(), model=Fetching(), max_epochs=1)
     assert "write `training_step(batch, batch_idx)`" in driver.problems[0]
+
+
+def test_indices_are_right_again_once_a_second_iterator_is_let_go() -> None:
+    class KeepForOneBatch(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.kept = [iter(loader) for loader in trainer.train_dataloader]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.kept.clear()
+
+    class First(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch[0], batch_idx)
+
+    model, driver = First(), Driver()
+    make_trainer(KeepForOneBatch(), driver, max_epochs=1).fit(model, [make_loader(shuffle=True)])
+    assert len(driver.problems) == 1
+    assert driver.recorded == model.truth[1:]
+
+
+def test_a_loader_that_resumes_by_itself_in_the_middle_is_refused(tmp_path: Path) -> None:
+    class Stateful(DataLoader):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    class SaveAndStop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    make_trainer(SaveAndStop(), max_steps=1).fit(Model(), Stateful(DATASET, batch_size=4))
+    model, driver = Model(), Driver()
+    make_trainer(driver).fit(
+        model, Stateful(DATASET, batch_size=4, shuffle=True), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert len(driver.problems) == 2
+    assert "Stateful resumes in the middle of an epoch by a state of its own" in driver.problems[0]
+    assert driver.recorded == model.truth[2:]  # the next epoch
 
 
 def test_two_iterators_at_once_are_refused() -> None:

@@ -1,89 +1,50 @@
 """Which dataset index each row of a training batch has.
 
 A `DataLoader` does not say which examples it put into a batch, and by `on_train_start` its workers
-have already been sent the first ones. So the loader's batch sampler is wrapped (its sampler, if
-`batch_size=None`) in `strategy.process_dataloader`, the one call that Lightning makes for every
-loader after it has injected a distributed sampler and before it asks for an iterator. The wrapper
-hands on what it is given, draws no random number, and keeps a copy of the indices in a queue.
+have already been sent the first ones. So what its sampler draws is recorded from
+`strategy.process_dataloader` on, the one call that Lightning makes for every loader after it has
+injected a distributed sampler and before it asks for an iterator.
 
-Lightning may open several passes over a loader and abandon some, as with
-`reload_dataloaders_every_n_epochs`. Passes are held weakly: the one that is still alive when a
-batch arrives is the one the batch came from.
-
-Indices are those of `DataLoader.dataset`: for a `Subset`, positions in the subset.
+Indices are those of `DataLoader.dataset`: for a `Subset`, positions in the subset. With several
+loaders the datasets stand one after the other (`index_layout`). Rows that a distributed sampler
+repeats, so that each process gets as many, have `NO_ROW` (`index_padding`).
 """
 
+from __future__ import annotations
+
 import inspect
-import reprlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.errors import RowIndexError
+from lightning_influence.training.index_layout import DatasetRange, PlacedLoader, lay_out, place_loaders
+from lightning_influence.training.index_lookup import IndexFunction, IndexLookup, to_indices
+from lightning_influence.training.index_sampling import FIX, Drawn, LoaderRecording, check_recordable, replace
 
-_FIX = "pass `index_fn=`, a function from a batch to one dataset index per row"
-_MISSING = object()
-
-
-class _Pass(Iterator[Any]):
-    """One iteration of a sampler: hands on what it draws and queues it until its batch arrives."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
-        self.drawn: deque[Any] = deque()
-
-    def __next__(self) -> Any:
-        indices = next(self._iterator)
-        # A batch sampler may refill the list that it yields.
-        self.drawn.append(list(indices) if isinstance(indices, list) else indices)
-        return indices
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._iterator, name)
+NO_ROW = -1
+"""The index of a row that is only there so that each process gets as many: drop its gradients."""
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
-class _RecordingSampler:
-    """A sampler's stand-in that behaves as the sampler does: isinstance, len, get, set, pickle."""
+@dataclass(frozen=True, eq=False)
+class BatchRows:
+    """The rows of one batch.
 
-    __slots__ = ("_is_recording", "_original", "_passes")
+    Args:
+        indices: Dataset index of each row, or `NO_ROW`, int64 [n]: one loader's rows after another's.
+        parts: How many of the rows each loader gave, in the order of `IndexRecorder.datasets`; 0 for
+            one that is exhausted before the others. They sum to n.
+    """
 
-    def __init__(self, original: Any, is_recording: Callable[[], bool]) -> None:
-        object.__setattr__(self, "_original", original)
-        object.__setattr__(self, "_is_recording", is_recording)
-        object.__setattr__(self, "_passes", WeakSet())
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self._original)
-        if not self._is_recording():  # validation on the same loader object
-            return iterator
-        opened = _Pass(iterator)
-        self._passes.add(opened)
-        return opened
-
-    def __len__(self) -> int:
-        return len(self._original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._original, name, value)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # isinstance(loader.batch_sampler, TheirSampler)
-        return type(self._original)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # A dataset may refer to its loader, and spawned workers are sent the dataset.
-        return _itself, (self._original,)
+    indices: np.ndarray
+    parts: tuple[int, ...]
 
 
 class IndexRecorder:
@@ -94,29 +55,55 @@ class IndexRecorder:
     `teardown` and in `on_exception`. Training sees the same batches in the same order and the same
     random numbers as without it.
 
+    With several loaders `index_fn` and `index_key` are asked about each loader's part of the batch,
+    and answer with indices of that loader's dataset.
+
     Args:
         index_fn: A function from a batch, as `training_step` gets it, to one dataset index per row.
             Replaces recording, for data whose indices no sampler knows.
+        index_key: The key (of a mapping) or place (in a sequence) under which a batch holds the
+            dataset index of each row; instead of `index_fn`.
+        num_examples: Number of examples, for datasets without a length: of all loaders together. If
+            one dataset's length is smaller, this counts.
 
     Attributes:
-        num_examples: `len` of the training loader's dataset; None before the loader was made, and
-            for a dataset without a length.
+        datasets: For each loader its dataset's name and range of indices; empty before the first
+            `start_epoch` or `next_batch`, and if the rows cannot be known.
+
+    Raises:
+        ValueError: Both `index_fn` and `index_key` are given, or `num_examples` is below 1.
+        TypeError: `index_key` is neither a string nor an integer.
     """
 
-    def __init__(self, index_fn: Callable[[Any], Sequence[int] | Tensor] | None = None) -> None:
-        self.num_examples: int | None = None
-        self._index_fn = index_fn
+    def __init__(
+        self,
+        index_fn: IndexFunction | None = None,
+        *,
+        index_key: str | int | None = None,
+        num_examples: int | None = None,
+    ) -> None:
+        if num_examples is not None and num_examples < 1:
+            raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
+        self.datasets: tuple[DatasetRange, ...] = ()
+        self._lookup = IndexLookup(index_fn, index_key)
+        self._said_num_examples = num_examples
         self._trainer: Trainer | None = None
-        self._recording: _RecordingSampler | None = None
+        self._loaders: list[PlacedLoader] = []
+        self._recordings: dict[int, tuple[object, LoaderRecording | None]] = {}  # by the loader's id
         self._next_batch_idx: int | None = None
         self._problem: str | None = None  # None: not looked for yet; empty: none found
         self._patches = ExitStack()
-        self._loader_patches = ExitStack()
+
+    @property
+    def num_examples(self) -> int | None:
+        """Number of examples of all `datasets`; None if unknown."""
+        lengths = [each.length for each in self.datasets]
+        return sum(length or 0 for length in lengths) if lengths and None not in lengths else None
 
     def install(self, trainer: Trainer) -> None:
         """Watch the training loaders that `trainer` is about to make."""
         self.uninstall()
-        self._trainer, self._problem, self.num_examples = trainer, None, None
+        self._trainer, self._problem, self.datasets = trainer, None, ()
         self._next_batch_idx = None
         original = trainer.strategy.process_dataloader
         patches = self._patches
@@ -131,13 +118,13 @@ class IndexRecorder:
             return processed
 
         attributes = vars(trainer.strategy)
-        _replace(attributes, "process_dataloader", process_dataloader, patches)
+        replace(attributes, "process_dataloader", process_dataloader, patches)
 
     def uninstall(self) -> None:
         """Put everything back; may be called at any time and more than once."""
-        self._unwatch()
+        self._unwatch(but=[])
         self._patches.close()
-        self._patches, self._trainer = ExitStack(), None
+        self._patches, self._trainer, self._loaders, self._problem = ExitStack(), None, [], None
 
     def start_epoch(self) -> None:
         """Expect batch 0 next.
@@ -146,153 +133,145 @@ class IndexRecorder:
         batch may then have any number.
         """
         self._next_batch_idx = 0
+        if self._problem is None and self._trainer is not None:
+            self._arrange()
 
-    def next_batch(self, batch: Any, batch_idx: int) -> np.ndarray:
+    def next_batch(self, batch: Any, batch_idx: int) -> BatchRows:
         """Return the dataset index of each row of `batch`.
 
         Args:
-            batch: The batch, looked at by `index_fn` only.
+            batch: The batch, looked at by `index_fn` or with `index_key` only.
             batch_idx: Its number in the epoch, as Lightning counts.
 
         Returns:
-            Shape [n], int64, each in `0..num_examples - 1`; a sampler may repeat an index. That n
-            is the number of rows is for the caller to check.
+            Indices in `0..num_examples - 1`, or `NO_ROW`; a sampler may repeat an index. That n is
+            the number of rows is for the caller to check.
 
         Raises:
             RowIndexError: The indices cannot be known. Training is not harmed.
         """
         if self._problem is None:
-            self._problem = self._find_problem()
+            self._arrange()
         if self._problem:
             raise RowIndexError(self._problem)
-        if self._index_fn is None:
-            return _to_indices(self._pop(batch_idx), "The sampler", self.num_examples)
-        try:
-            found = self._index_fn(batch)
-        except Exception as err:  # user code: whatever it raises must not end the run
-            raise RowIndexError(f"`index_fn` raised {type(err).__name__}: {err}") from err
-        return _to_indices(found, "`index_fn`", self.num_examples)
+        drawn = self._draw(batch_idx)
+        parts = [self._rows(place, drawn[place], batch) for place in range(len(self._loaders))]
+        return BatchRows(np.concatenate(parts), tuple(map(len, parts)))
 
     def skip_rest(self) -> None:
         """Keep no more indices of this epoch: `next_batch` will be called again in the next one."""
-        for current in self._recording._passes if self._recording is not None else ():
-            current.drawn = deque(maxlen=0)
+        for _, recording in self._recordings.values():
+            if recording is not None:
+                recording.skip_rest()
 
     def _watch(self, loader: object, is_recording: Callable[[], bool]) -> None:
-        self._unwatch()  # an earlier loader is done with, or is one of several, which is refused
-        self._problem, self.num_examples = None, _length(getattr(loader, "dataset", None))
-        if self._index_fn is not None or not isinstance(loader, DataLoader):
+        """Record a loader, unless its indices come from elsewhere and it has no padding to be told."""
+        self._problem = None
+        if id(loader) in self._recordings:  # processed again, as with `reload_dataloaders_every_n_epochs`
             return
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self._recording = _RecordingSampler(getattr(loader, name), is_recording)
-        # Through vars(), because DataLoader.__setattr__ forbids it.
-        _replace(vars(loader), name, self._recording, self._loader_patches)
-        # Persistent workers started before `fit` keep the sampler of their first iteration.
-        if (workers := getattr(loader, "_iterator", None)) is not None:
-            _replace(vars(workers), "_index_sampler", self._recording, self._loader_patches)
+        recording = None
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            recording = LoaderRecording(loader, is_recording)
+            if self._lookup and recording.padding is None:
+                recording.close()
+                recording = None
+        self._recordings[id(loader)] = loader, recording
 
-    def _unwatch(self) -> None:
-        self._loader_patches.close()
-        for left in self._recording._passes if self._recording is not None else ():
-            left.drawn = deque(maxlen=0)  # a live iterator keeps its pass: let it forget
-        self._recording = None
+    def _unwatch(self, but: Sequence[PlacedLoader]) -> None:
+        """Let go of loaders, such as those of earlier epochs."""
+        for key in set(self._recordings) - {id(each.loader) for each in but}:
+            _, recording = self._recordings.pop(key)
+            if recording is not None:
+                recording.close()
 
-    def _pop(self, batch_idx: int) -> Any:
-        passes = list(self._recording._passes) if self._recording is not None else []
-        if len(passes) > 1:
-            raise RowIndexError(
-                f"The training dataloader is being iterated {len(passes)} times at once, so which "
-                "iterator made this batch is unknown; let go of iterators over "
-                f"`trainer.train_dataloader`, or {_FIX}."
-            )
-        expected = batch_idx if self._next_batch_idx is None else self._next_batch_idx
-        self._next_batch_idx = batch_idx + 1
-        skipped = batch_idx - expected  # Lightning counts a batch that is None, but calls no hook
-        if not passes or not 0 <= skipped < len(passes[0].drawn):
-            raise RowIndexError(
-                f"No indices are recorded for batch {batch_idx} (batch {expected} comes next): the "
-                f"dataloader's iterator does not ask its sampler, or was made too early; {_FIX}."
-            )
-        for _ in range(skipped):
-            passes[0].drawn.popleft()
-        return passes[0].drawn.popleft()
+    def _recording(self, place: int) -> LoaderRecording | None:
+        return self._recordings.get(id(self._loaders[place].loader), (None, None))[1]
 
-    def _find_problem(self) -> str:
-        """Say why the rows of this run have no indices; empty if they have."""
-        trainer = self._trainer
-        if trainer is None:
-            return "`next_batch` works between `install` and `uninstall` only."
-        training_step = inspect.signature(trainer.lightning_module.training_step)
+    def _arrange(self) -> None:
+        """Find the run's loaders, and why the rows of their batches have no indices, if so."""
+        self._problem, self._loaders, self.datasets = "", [], ()
+        try:
+            self._loaders = self._find_loaders()
+            self._unwatch(but=self._loaders)
+            self._check_loaders()
+            self.datasets = lay_out(self._loaders, self._said_num_examples)
+        except RowIndexError as err:
+            self._problem = str(err)
+
+    def _find_loaders(self) -> list[PlacedLoader]:
+        if self._trainer is None:
+            raise RowIndexError("`next_batch` works between `install` and `uninstall` only.")
+        training_step = inspect.signature(self._trainer.lightning_module.training_step)
         if "dataloader_iter" in training_step.parameters:
-            return (
+            raise RowIndexError(
                 "`training_step(dataloader_iter)` fetches its own batches, so their indices are "
                 "unknown; write `training_step(batch, batch_idx)`."
             )
-        loaders = CombinedLoader(trainer.train_dataloader).flattened
-        if len(loaders) != 1:
-            return (
-                f"Row indices need one training dataloader, found {len(loaders)}; join the "
-                "datasets with `torch.utils.data.ConcatDataset`."
+        return place_loaders(self._trainer.train_dataloader)
+
+    def _check_loaders(self) -> None:
+        assert self._trainer is not None
+        is_recorded = False
+        for place, each in enumerate(self._loaders):
+            recording = self._recording(place)
+            if not self._lookup or recording is not None:
+                check_recordable(each.loader)
+                is_recorded = True
+            if recording is not None and recording.padding is not None:
+                recording.padding.check()
+        if is_recorded and len(self._loaders) > 1 and self._trainer.num_training_batches == math.inf:
+            raise RowIndexError(
+                "Several training dataloaders without a known number of batches are fetched ahead, so which "
+                "pass over a loader a batch came from is unknown; give samplers and datasets a `__len__`, set "
+                f"`limit_train_batches` to an integer, or {FIX}."
             )
-        loader = loaders[0]
-        if self._index_fn is not None:
-            return ""
-        if not isinstance(loader, DataLoader):
-            return f"Row indices need a torch `DataLoader`, found {type(loader).__name__}; {_FIX}."
-        if isinstance(loader.dataset, IterableDataset):
-            return (
-                f"{type(loader.dataset).__name__} is an IterableDataset, whose rows have no index; "
-                f"use a map-style dataset, or {_FIX}."
+
+    def _draw(self, batch_idx: int) -> list[Drawn | None]:
+        """What each loader's sampler drew for a batch; None where it is exhausted or not recorded."""
+        expected = batch_idx if self._next_batch_idx is None else self._next_batch_idx
+        if self._next_batch_idx is None:
+            self._check_resumable()
+        recordings = [self._recording(place) for place in range(len(self._loaders))]
+        skipped = batch_idx - expected  # Lightning counts a batch that is None, but calls no hook
+        try:  # all or nothing, so that the queues stay in step
+            passes = [recording.current(skipped) if recording is not None else None for recording in recordings]
+        except RowIndexError as err:
+            raise RowIndexError(
+                f"No indices are recorded for batch {batch_idx} (batch {expected} comes next). {err}"
+            ) from None
+        drawn = [current.take(skipped) if current is not None else None for current in passes]
+        self._next_batch_idx = batch_idx + 1
+        if not self._lookup and all(each is None for each in drawn):
+            raise RowIndexError(f"No indices are recorded for batch {batch_idx}: the sampler is exhausted; {FIX}.")
+        return drawn
+
+    def _check_resumable(self) -> None:
+        """A loader that resumes in the middle may draw again what was trained on before."""
+        for place, each in enumerate(self._loaders):
+            if self._recording(place) is not None and hasattr(each.loader, "load_state_dict"):
+                raise RowIndexError(
+                    f"{type(each.loader).__name__} resumes in the middle of an epoch by a state of its own, so "
+                    f"where its sampler stands is unknown; resume from the end of an epoch, or {FIX}."
+                )
+
+    def _rows(self, place: int, drawn: Drawn | None, batch: Any) -> np.ndarray:
+        """One loader's rows of a batch, int64 [n]."""
+        indices = self._indices(place, drawn, batch) + self.datasets[place].offset
+        recording = self._recording(place)
+        padding = recording.padding if recording is not None else None
+        if padding is None or drawn is None:
+            return indices
+        if len(indices) != drawn.num_rows:
+            raise RowIndexError(
+                f"{self._lookup.name} gives {len(indices)} indices for {drawn.num_rows} examples, so which of the "
+                f"rows a {type(padding.sampler).__name__} repeats is unknown; give the sampler `drop_last=True`."
             )
-        # Older torch has no `in_order` and always keeps the order.
-        if loader.num_workers > 0 and not getattr(loader, "in_order", True):
-            return (
-                "`DataLoader(in_order=False)` returns batches in another order than it asks for "
-                f"them; set `in_order=True`, or {_FIX}."
-            )
-        return ""
+        return np.where(padding.mask(drawn.first, drawn.num_rows), NO_ROW, indices)
 
-
-def _itself(sampler: Any) -> Any:
-    return sampler
-
-
-def _replace(attributes: dict[str, Any], name: str, new: Any, patches: ExitStack) -> None:
-    """Set an entry until `patches` is closed, unless someone else has set it by then."""
-    old = attributes.get(name, _MISSING)
-
-    def undo() -> None:
-        if attributes.get(name) is new:
-            del attributes[name]
-            if old is not _MISSING:
-                attributes[name] = old
-
-    attributes[name] = new
-    patches.callback(undo)
-
-
-def _length(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _to_indices(found: Any, source: str, num_examples: int | None) -> np.ndarray:
-    """Check and convert to int64 [n]; with `batch_size=None` a sampler gives one bare index."""
-    try:
-        indices = np.atleast_1d(found.cpu() if isinstance(found, Tensor) else found)
-    except (TypeError, ValueError, RuntimeError):  # ragged, or not convertible
-        indices = np.empty(0, dtype=object)
-    if indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise RowIndexError(
-            f"{source} must give one integer index per row, got {type(found).__name__} "
-            f"{reprlib.repr(found)}; {_FIX}."
-        )
-    limit = np.inf if num_examples is None else num_examples
-    outside = indices[(indices < 0) | (indices >= limit)]
-    if outside.size:
-        raise RowIndexError(
-            f"{source} must give indices from 0 and below the dataset's length {limit}, got {outside[0]}; {_FIX}."
-        )
-    return indices.astype(np.int64)
+    def _indices(self, place: int, drawn: Drawn | None, batch: Any) -> np.ndarray:
+        """The same in the loader's own dataset, without regard to padding."""
+        length = self.datasets[place].length
+        if self._lookup:
+            part = self._loaders[place].part(batch)
+            return to_indices(self._lookup(part), self._lookup.name, length) if part is not None else _NOTHING
+        return to_indices(drawn.indices, "The sampler", length) if drawn is not None else _NOTHING

@@ -56,7 +56,9 @@ class CaptureSession:
         self.processes: Processes = ALONE
         self._path = options.path.absolute()  # whatever the working directory becomes
         self._scratch: str | None = None
-        self._indices = IndexRecorder(options.index_fn)
+        self._indices = IndexRecorder(
+            options.index_fn, index_key=options.index_key, num_examples=options.num_examples
+        )
         self._plans: dict[str, LayerPlan] = {}
         self._bases: dict[str, Eigenbasis] = {}
         self._covariances: dict[str, KroneckerCovariance] = {}
@@ -113,7 +115,7 @@ class CaptureSession:
             return
         if self._failure is not None:
             return
-        rows = self._indices.next_batch(batch, batch_idx)
+        rows = self._indices.next_batch(batch, batch_idx).indices
         if self._records_rows():
             if self._capture is None:
                 self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes)

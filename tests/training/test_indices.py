@@ -6,18 +6,17 @@ import random
 import signal
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
@@ -26,98 +25,21 @@ from torch.utils.data import (
 )
 
 from lightning_influence.errors import RowIndexError
+from lightning_influence.training.index_sampling import LoaderRecording
 from lightning_influence.training.indices import IndexRecorder
+from tests.training.index_driver import (
+    DATASET,
+    Driver,
+    Model,
+    N,
+    Stream,
+    assert_recorded,
+    fit,
+    make_loader,
+    make_trainer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
-
-N = 11
-POSITIONS = torch.arange(N)
-DATASET = TensorDataset(torch.linspace(-1, 1, N * 3).reshape(N, 3), POSITIONS)
-
-
-class Model(pl.LightningModule):
-    """Remembers the indices that it was trained on, one list a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5))
-        self.truth: list[list[int]] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        x, index = batch
-        self.truth.append(torch.atleast_1d(index).tolist())
-        return self.layers(x).square().mean()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        assert len(batch) == 2
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Driver(pl.Callback):
-    """Drives a recorder as a callback that never ends the run does."""
-
-    def __init__(self, recorder: IndexRecorder | None = None) -> None:
-        self.recorder = recorder or IndexRecorder()
-        self.recorded: list[list[int]] = []
-        self.problems: list[str] = []
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.recorder.install(trainer)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.recorder.start_epoch()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        try:
-            indices = self.recorder.next_batch(batch, batch_idx)
-        except RowIndexError as err:
-            self.problems.append(str(err))
-        else:
-            assert indices.dtype == np.int64
-            self.recorded.append(indices.tolist())
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.recorder.uninstall()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.recorder.uninstall()
-
-
-def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(quiet | options))
-
-
-def fit(
-    train: Any,
-    val: Any = None,
-    *,
-    recorder: IndexRecorder | None = None,
-    model: Model | None = None,
-    **options: Any,
-) -> tuple[Model, Driver]:
-    model, driver = model or Model(), Driver(recorder)
-    make_trainer(driver, **options).fit(model, train, val)
-    return model, driver
-
-
-def assert_recorded(model: Model, driver: Driver, *, num_batches: int) -> None:
-    assert driver.problems == []
-    assert len(model.truth) == num_batches
-    assert driver.recorded == model.truth
 
 
 class BucketSampler(Sampler[list[int]]):
@@ -199,10 +121,6 @@ LOADERS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 
 
-def make_loader(dataset: Any = DATASET, **options: Any) -> DataLoader:
-    return DataLoader(dataset, **({"batch_size": 4} | options))
-
-
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.filterwarnings("ignore:.*overfit on the training dataloader.*")
 def test_recorded_indices_equal_truth(name: str) -> None:
@@ -233,7 +151,7 @@ def test_subset_indices_are_positions_in_the_subset() -> None:
 
 
 def test_set_epoch_reaches_the_sampler() -> None:
-    sampler = DistributedSampler(DATASET, num_replicas=2, rank=1)
+    sampler = DistributedSampler(DATASET, num_replicas=2, rank=1, drop_last=True)
     model, driver = fit(make_loader(sampler=sampler))
     assert_recorded(model, driver, num_batches=4)
     assert model.truth[:2] != model.truth[2:]
@@ -280,7 +198,7 @@ def test_batches_that_are_none_are_skipped() -> None:
     assert_recorded(model, driver, num_batches=4)
 
 
-def test_resume_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
+def test_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     class SaveAndStop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == 4:
@@ -321,13 +239,22 @@ def test_sampler_keeps_its_type_state_and_pickle() -> None:
     make_trainer(Look(), Driver()).fit(Model(), DataLoader(DATASET, batch_sampler=sampler))
 
 
+def recording_of(driver: Driver) -> LoaderRecording:
+    ((_, recording),) = driver.recorder._recordings.values()
+    assert recording is not None
+    return recording
+
+
+def num_queued(recording: LoaderRecording) -> int:
+    return sum(len(each.drawn) for each in recording.passes)
+
+
 def test_memory_is_bounded_by_what_is_in_flight() -> None:
     in_flight: list[int] = []
 
     class Count(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            passes = driver.recorder._recording._passes  # type: ignore[union-attr]
-            in_flight.append(sum(len(each.drawn) for each in passes))
+            in_flight.append(num_queued(recording_of(driver)))
 
     driver = Driver()
     trainer = make_trainer(Count(), driver, reload_dataloaders_every_n_epochs=1)
@@ -425,10 +352,9 @@ def test_uninstall_in_the_middle_of_training() -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *hook: Any) -> None:
             if trainer.global_step == 1:
-                self.recording = driver.recorder._recording
+                self.recording = recording_of(driver)
                 driver.recorder.uninstall()
-            assert self.recording is not None
-            left.append(sum(len(each.drawn) for each in self.recording._passes))
+            left.append(num_queued(self.recording))
 
     model, driver = Model(), Driver()
     loader = make_loader(batch_size=1, num_workers=1, persistent_workers=True, shuffle=True)
@@ -466,33 +392,6 @@ def test_install_lets_go_of_an_earlier_trainer() -> None:
     assert "process_dataloader" in vars(second.strategy)
 
 
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(DATASET)
-
-
-class SizedStream(Stream):
-    def __len__(self) -> int:
-        return N
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [make_loader(), make_loader(SizedStream()), make_loader(num_workers=1, in_order=False)],
-    ids=["map_style", "iterable_with_length", "not_in_order"],
-)
-def test_index_fn_replaces_recording(loader: DataLoader) -> None:
-    model, driver = fit(loader, recorder=IndexRecorder(lambda batch: batch[1]))
-    assert_recorded(model, driver, num_batches=6)
-    assert driver.recorder.num_examples == N
-
-
-def test_index_fn_without_dataset_length() -> None:
-    model, driver = fit(make_loader(Stream()), recorder=IndexRecorder(lambda b: b[1].tolist()))
-    assert_recorded(model, driver, num_batches=6)
-    assert driver.recorder.num_examples is None
-
-
 class PairSampler(BatchSampler):
     """Indices that are keys of more than one part."""
 
@@ -521,11 +420,6 @@ REFUSED = {
         lambda: make_loader(num_workers=1, in_order=False),
         "`DataLoader\\(in_order=False\\)`.*set `in_order=True`, or" + FIX,
     ),
-    "two_loaders": (
-        lambda: CombinedLoader({"a": make_loader(), "b": make_loader()}, "min_size"),
-        "need one training dataloader, found 2; .*ConcatDataset",
-    ),
-    "loader_and_stream": (lambda: [make_loader(), make_loader(Stream())], "found 2; "),
     "pairs": (
         lambda: DataLoader(NamedDataset(), batch_sampler=PairSampler(RandomSampler(DATASET), 2, False)),
         "The sampler must give one integer index per row, got list .*\\(0, 1\\)" + FIX,
@@ -569,25 +463,6 @@ def test_refusal_says_why_and_training_goes_on(name: str) -> None:
         raise RowIndexError(driver.problems[0])
 
 
-@pytest.mark.parametrize(
-    ("index_fn", "message"),
-    [
-        (lambda batch: None, "`index_fn` must give one integer index per row, got NoneType"),
-        (lambda batch: batch[0], "must give one integer index per row, got Tensor"),
-        (lambda batch: batch[1].float(), "must give one integer index per row, got Tensor"),
-        (lambda batch: [[1], [2, 3]], "must give one integer index per row, got list"),
-        (lambda batch: batch[1] > 3, "must give one integer index per row, got Tensor"),
-        (lambda batch: batch[1] + N, "below the dataset's length 11, got 11"),
-        (lambda batch: batch["id"], "`index_fn` raised TypeError"),
-    ],
-    ids=["none", "rows", "float", "ragged", "bool", "out_of_range", "raises"],
-)
-def test_index_fn_is_checked(index_fn: Any, message: str) -> None:
-    _, driver = fit(make_loader(), recorder=IndexRecorder(index_fn), max_epochs=1)
-    assert len(driver.problems) == 3
-    assert message in driver.problems[0]
-
-
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
 def test_step_that_fetches_its_own_batches_is_refused() -> None:
     class Fetching(Model):
@@ -597,6 +472,47 @@ def test_step_that_fetches_its_own_batches_is_refused() -> None:
 
     _, driver = fit(make_loader(), model=Fetching(), max_epochs=1)
     assert "write `training_step(batch, batch_idx)`" in driver.problems[0]
+
+
+def test_indices_are_right_again_once_a_second_iterator_is_let_go() -> None:
+    class KeepForOneBatch(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.kept = [iter(loader) for loader in trainer.train_dataloader]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.kept.clear()
+
+    class First(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch[0], batch_idx)
+
+    model, driver = First(), Driver()
+    make_trainer(KeepForOneBatch(), driver, max_epochs=1).fit(model, [make_loader(shuffle=True)])
+    assert len(driver.problems) == 1
+    assert driver.recorded == model.truth[1:]
+
+
+def test_a_loader_that_resumes_by_itself_in_the_middle_is_refused(tmp_path: Path) -> None:
+    class Stateful(DataLoader):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    class SaveAndStop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    make_trainer(SaveAndStop(), max_steps=1).fit(Model(), Stateful(DATASET, batch_size=4))
+    model, driver = Model(), Driver()
+    make_trainer(driver).fit(
+        model, Stateful(DATASET, batch_size=4, shuffle=True), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert len(driver.problems) == 2
+    assert "Stateful resumes in the middle of an epoch by a state of its own" in driver.problems[0]
+    assert driver.recorded == model.truth[2:]  # the next epoch
 
 
 def test_two_iterators_at_once_are_refused() -> None:

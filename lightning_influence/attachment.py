@@ -14,6 +14,7 @@ from lightning_influence.functional.weights import weights_hash
 from lightning_influence.store import StoreReader
 
 STATE_KEY = "lightning_influence_store_id"  # marks our state among a checkpoint's callbacks
+CHECKPOINT_KEY = "lightning_influence"  # a list of our states, in a checkpoint without callbacks' states
 
 
 def attachment_state(store_id: str, path: Path, relative_to: Path, status: str) -> dict[str, str]:
@@ -47,15 +48,17 @@ def find_store(checkpoint_path: str | os.PathLike[str], checkpoint: Mapping[str,
         StoreNotFoundError: if the checkpoint names no file, or several, or it is in none of these places.
         StoreError: if a file there is damaged or incomplete.
     """
-    states = [
-        state
-        for state in checkpoint.get("callbacks", {}).values()
-        if isinstance(state, Mapping) and STATE_KEY in state
-    ]
-    if len(states) != 1:
+    states = _states(checkpoint)
+    if not states:
         raise StoreNotFoundError(
-            f"{checkpoint_path} names {len(states)} files of gradients, expected 1 (a checkpoint of weights "
-            "only, or of a run without the callback, names none); pass `store=` with the file's path."
+            f"{checkpoint_path} names no file of gradients (a checkpoint of a run without the callback has none); "
+            "pass `store=` with the file's path."
+        )
+    if len(states) > 1:
+        paths = ", ".join(str(state["path"]) for state in states)
+        raise StoreNotFoundError(
+            f"{checkpoint_path} names {len(states)} files of gradients, expected 1: {paths}; pass `store=` with "
+            "the path of one."
         )
     (state,) = states
     candidates = _candidates(Path(checkpoint_path).absolute().parent, state)
@@ -81,6 +84,15 @@ def _candidates(folder: Path, state: Mapping[str, str]) -> list[Path]:
     nearby = [parent / name for parent in [folder, *folder.parents][:4]]
     paths = [folder / state["relative_path"], Path(state["path"]), *nearby]
     return list(dict.fromkeys(Path(os.path.normpath(path)) for path in paths))
+
+
+def _states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    callbacks, own = checkpoint.get("callbacks"), checkpoint.get(CHECKPOINT_KEY)
+    found = [
+        *(callbacks.values() if isinstance(callbacks, Mapping) else ()),
+        *(own if isinstance(own, list) else ()),
+    ]
+    return [state for state in found if isinstance(state, Mapping) and STATE_KEY in state]
 
 
 def check_weights(model: nn.Module, store: StoreReader) -> None:

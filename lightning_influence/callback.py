@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_influence.attachment import attachment_state
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
+from lightning_influence.training.checkpoints import CheckpointAttachment
 from lightning_influence.training.options import CaptureOptions, Epochs, Rows, check_choice
 from lightning_influence.training.session import CaptureSession
 
@@ -123,6 +124,7 @@ class InfluenceCallback(Callback):
         self._state_key = self._generate_state_key(path=str(self.options.path))
         self._session: CaptureSession | None = None
         self._finished: CaptureSession | None = None  # the last one that has a file
+        self._attachment = CheckpointAttachment()
 
     @property
     def state_key(self) -> str:
@@ -146,6 +148,7 @@ class InfluenceCallback(Callback):
         if stage != "fit":
             return
         self._retire()
+        self._attachment.install(trainer, self.state_dict)
         self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex)
         self._session.start()
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_influence.attachment import check_weights, find_store
+from lightning_influence.attachment import find_store, matching_segment
 from lightning_influence.curvature import Curvature, Damping
 from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
 from lightning_influence.gradients import LayerGradient
@@ -59,8 +59,7 @@ class InfluenceModule(LightningModule):
             WeightsMismatchError: if the weights are not those that the file was captured for.
         """
         reader = store if isinstance(store, StoreReader) else StoreReader(store)
-        check_weights(model, reader)
-        return cls(model, reader)
+        return cls(model, matching_segment(model, reader))
 
     @classmethod
     def from_checkpoint(
@@ -82,7 +81,8 @@ class InfluenceModule(LightningModule):
         Raises:
             QueryError: if the checkpoint holds more than plain values.
             StoreError: one of its children, if the file cannot be found or used.
-            WeightsMismatchError: if the checkpoint's weights are not the file's.
+            WeightsMismatchError: if the checkpoint's weights are not the file's; names the checkpoint whose are,
+                if it is near.
         """
         weights_only = load_kwargs.pop("weights_only", True)
         try:
@@ -100,7 +100,7 @@ class InfluenceModule(LightningModule):
             if "weights_only" in inspect.signature(model.load_from_checkpoint).parameters:  # lightning>=2.6
                 load_kwargs["weights_only"] = weights_only
             model = model.load_from_checkpoint(Path(checkpoint), **load_kwargs)
-        return cls.attach(model, reader)
+        return cls(model, matching_segment(model, reader, checkpoint=Path(checkpoint)))
 
     @overload
     def scores(

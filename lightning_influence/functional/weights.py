@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -21,8 +22,13 @@ def weights_hash(model: nn.Module) -> str:
         >>> before == weights_hash(layer), len(before)
         (False, 64)
     """
+    return parameters_hash(dict(model.named_parameters()))
+
+
+def parameters_hash(parameters: Mapping[str, Tensor]) -> str:
+    """The same of parameters by name, as of those that a checkpoint holds among its other values."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(parameters.items()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().to("cpu", torch.float32).contiguous()
         digest.update(values.numpy().data)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from lightning_influence.functional.weights import weights_hash
+from lightning_influence.functional.weights import parameters_hash, weights_hash
 
 
 def model() -> nn.Module:
@@ -74,3 +74,12 @@ def test_memory_layout_does_not_count() -> None:
     strided = nn.ParameterList([torch.arange(6.0).reshape(2, 3).T])
     contiguous = nn.ParameterList([torch.arange(6.0).reshape(2, 3).T.contiguous()])
     assert weights_hash(strided) == weights_hash(contiguous)
+
+
+def test_the_parameters_of_a_checkpoint_have_the_hash_of_the_model() -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight  # twice in the state, with buffers beside it
+    state = tied.state_dict()
+    named = {name: state[name] for name, _ in tied.named_parameters()}
+    assert len(named) < len(state)
+    assert parameters_hash(named) == weights_hash(tied)

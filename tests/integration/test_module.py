@@ -177,24 +177,6 @@ def test_a_checkpoint_from_before_the_end_of_capture_says_so(tmp_path: Path) -> 
         InfluenceModule.from_checkpoint(first, Noisy)
 
 
-def test_a_checkpoint_of_weights_only_asks_for_store(tmp_path: Path) -> None:
-    saving = ModelCheckpoint(dirpath=tmp_path / "weights", save_weights_only=True)
-    run = train(tmp_path, Noisy(), InfluenceCallback(tmp_path / "influence.h5"), saving, max_epochs=1)
-    with pytest.raises(StoreNotFoundError, match=r"names 0 files.*weights only.*pass `store=`"):
-        InfluenceModule.from_checkpoint(saving.best_model_path, Noisy)
-    given = InfluenceModule.from_checkpoint(saving.best_model_path, Noisy, store=run.file)
-    assert given.store.path == run.file
-
-
-def test_a_checkpoint_of_two_callbacks_asks_for_store(tmp_path: Path) -> None:
-    paths = [tmp_path / "one.h5", tmp_path / "two.h5"]
-    run = train(tmp_path, Noisy(), *(InfluenceCallback(path) for path in paths), max_epochs=1)
-    with pytest.raises(StoreNotFoundError, match=r"names 2 files.*pass `store=`"):
-        InfluenceModule.from_checkpoint(run.checkpoint, Noisy)
-    for path in paths:
-        assert InfluenceModule.from_checkpoint(run.checkpoint, Noisy, store=path).store.path == path
-
-
 def test_the_checkpoint_loads_with_weights_only(run: Run) -> None:
     loaded = torch.load(run.checkpoint, weights_only=True)
     (state,) = [state for key, state in loaded["callbacks"].items() if "InfluenceCallback" in key]

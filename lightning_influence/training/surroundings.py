@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from lightning_influence.errors import UnsupportedTrainingError
 
@@ -22,7 +23,7 @@ def check_supported(trainer: Trainer) -> None:
         )
 
 
-def trainable(model: LightningModule) -> list[bool]:
+def trainable(model: nn.Module) -> list[bool]:
     """Which parameters need a gradient now."""
     return [parameter.requires_grad for parameter in model.parameters()]
 

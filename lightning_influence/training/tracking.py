@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.errors import LayerError, RowIndexError
 from lightning_influence.layers import TrackedLayer, track_layers
 from lightning_influence.step import LossKind, StepCapture
 from lightning_influence.training import report
-from lightning_influence.training.layout import find_batch_dims
+from lightning_influence.training.layout import Shapes, ask_copy, find_batch_dims
 from lightning_influence.training.surroundings import trainable
 from lightning_influence.training.verification import GradientCheck
 
@@ -21,7 +21,7 @@ class LayerTracking:
     """Which layers are captured, and whether their gradients were found to be whole.
 
     Args:
-        model: in training.
+        model: in training, or swept after it.
         patterns: the `layers` that the user asked for.
         loss: how the loss's scale is known.
 
@@ -32,7 +32,7 @@ class LayerTracking:
         is_verified: whether a batch's gradients were compared with `.grad`.
     """
 
-    def __init__(self, model: LightningModule, patterns: Sequence[str] | None, loss: LossKind) -> None:
+    def __init__(self, model: nn.Module, patterns: Sequence[str] | None, loss: LossKind) -> None:
         self.model = model
         self.layers, self.coverage = track_layers(model, patterns)
         self.capture = StepCapture(self.layers, loss=loss)
@@ -84,10 +84,16 @@ class LayerTracking:
         self.is_verified = True
 
     def settle(self, trainer: Trainer, batch: Any, n: int) -> None:
+        """`settle_by` asking a copy of the model, in the trainer's precision."""
+        assert isinstance(self.model, LightningModule)
+        model = self.model
+        self.settle_by(lambda fewer: ask_copy(trainer, model, self.layers, fewer), batch, n)
+
+    def settle_by(self, ask: Callable[[Any], Shapes], batch: Any, n: int) -> None:
         """After the first batch's backward: drop what it did not use, and find where the examples are.
 
         Args:
-            trainer: whose precision is used.
+            ask: the shapes that the layers see for another batch.
             batch: as `training_step` got it.
             n: number of its examples.
 
@@ -96,7 +102,7 @@ class LayerTracking:
         """
         self.drop(dict.fromkeys(self.capture.unseen, "no call of it took part in the first batch's backward"))
         shapes = self.capture.shapes()
-        found, reasons = find_batch_dims(trainer, self.model, self.layers, shapes, batch, n)
+        found, reasons = find_batch_dims(self.layers, shapes, batch, n, ask)
         if not found:
             name = next(iter(reasons))
             raise RowIndexError(

@@ -59,7 +59,7 @@ class ExampleBatches:
         num_examples: int | None = None,
         wanted: np.ndarray | None = None,
     ) -> None:
-        if iter(loader) is loader:
+        if isinstance(loader, Iterator):
             raise TypeError(f"`loader` must be iterable more than once, got the iterator {type(loader).__name__}.")
         self._model, self._index_fn, self._wanted = model, index_fn, wanted
         self._loader = loader

@@ -104,6 +104,7 @@ class Sweep:
         scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         self._random = random.Random(0)  # an own generator
+        self._visited: int | None = None  # examples that the covariances are of
         self._middle = 0  # number of the batch from which examples are kept for `agreement`
         self._kept: list[tuple[np.ndarray, dict[str, LayerGradient]]] = []
 
@@ -147,7 +148,9 @@ class Sweep:
             metrics[name].to(gradient.device).update(gradient.finite())
             return gradient[:0]
 
+        self._visited = 0
         for indices, batch in batches:
+            self._visited += len(indices)
             self._ask(indices, batch, names=metrics, reduce={name: partial(add, name) for name in metrics})
         return metrics
 
@@ -161,9 +164,13 @@ class Sweep:
             recorder: with the plans of this sweep, and bases where they need one.
             step_index: optimizer steps taken so far; -1 if that is not known.
             learning_rate: for the rows' column.
+
+        Raises:
+            CaptureError: if these are not as many examples as the covariances are of.
         """
-        kept = 0
+        kept = visited = 0
         for number, (indices, batch) in enumerate(batches):
+            visited += len(indices)
             keeps = number >= self._middle and kept < EXAMPLES
             layers = () if keeps else recorder.reduced_layers
             step = self._ask(indices, batch, reduce={name: partial(recorder.reduce, name) for name in layers})
@@ -173,6 +180,11 @@ class Sweep:
                 self._kept.append((indices[some], {name: g[some] for name, g in step.gradients.items()}))
                 kept += len(self._kept[-1][0])
             recorder.update(step, indices, step_index=step_index, learning_rate=learning_rate)
+        if self._visited is not None and visited != self._visited:
+            raise CaptureError(
+                f"The loader gave {self._visited} examples at first and {visited} the second time; give it data "
+                "that can be iterated again."
+            )
 
     def agreement(self, recorder: Recorder, factors: Mapping[str, ScoredLayer]) -> Agreement:
         """What the codec costs: scores of some rows as stored against scores of their gradients.
@@ -190,7 +202,7 @@ class Sweep:
     def _look(self, indices: np.ndarray, batch: Any) -> StepGradients:
         """A batch's gradients, after leaving out what cannot be attributed."""
         with self._back_propagated(len(indices), batch, is_checked=True) as answer:
-            self.tracking.verify(answer.total)
+            self.tracking.verify(answer.total.detach())
             self.tracking.settle_by(self._shapes_of, batch, len(indices))
             return self.tracking.capture.gradients(len(indices), backpropagated_factor=self._scale)
 
@@ -212,7 +224,7 @@ class Sweep:
             reduce = {name: _of_some(wanted, reduce.get(name)) for name in every}
         is_checked = self._random.random() < CHECKED_SHARE
         with self._back_propagated(n, batch, is_checked=is_checked) as answer:
-            self.tracking.verify(answer.total)
+            self.tracking.verify(answer.total.detach())
             capture = self.tracking.capture
             step = capture.gradients(n, backpropagated_factor=self._scale, names=names, reduce=reduce)
         scale = step.scale

@@ -176,9 +176,9 @@ class Sweep:
             step = self._ask(indices, batch, reduce={name: partial(recorder.reduce, name) for name in layers})
             indices = indices[indices != NO_ROW]
             if keeps:
-                some = slice(EXAMPLES - kept)
-                self._kept.append((indices[some], {name: g[some] for name, g in step.gradients.items()}))
-                kept += len(self._kept[-1][0])
+                some = torch.arange(min(EXAMPLES - kept, len(indices)))  # no slice, which would hold all
+                self._kept.append((indices[: len(some)], {name: g[some] for name, g in step.gradients.items()}))
+                kept += len(some)
             recorder.update(step, indices, step_index=step_index, learning_rate=learning_rate)
         if self._visited is not None and visited != self._visited:
             raise CaptureError(

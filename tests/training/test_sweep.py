@@ -37,12 +37,15 @@ from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import kept_random_states
 from lightning_influence.training.batches import ExampleBatches
 from lightning_influence.training.sweep import Sweep
+from tests.integration.lifecycle_models import Classifier, dataset
 from tests.integration.models import (
     Dropping,
     ManualTask,
     Mlp,
     Pooled,
+    PositionsFirst,
     Task,
+    Unbatched,
     float16,
     position_data,
     seeded,
@@ -328,6 +331,31 @@ def test_manual_optimization_is_captured_by_training_loss(tmp_path: Path) -> Non
         training_loss=lambda m, batch: losses(m.net, batch),
     )
     assert_rows_are(path, truth(model, data, MLP_LAYERS))
+
+
+@pytest.mark.parametrize("training_loss", [None, lambda model, batch: losses(model.net, batch)])
+def test_examples_are_found_where_positions_come_first_and_are_as_many(tmp_path: Path, training_loss: Any) -> None:
+    model, data = Task(seeded(PositionsFirst)), position_data()
+    path = capture(
+        model, DataLoader(data, 6), tmp_path / "x.h5", codec="pairs-float32", training_loss=training_loss
+    )
+    assert_rows_are(path, truth(model, data, ["net.body.first", "net.body.middle", "net.body.last"]))
+
+
+def test_a_layer_that_runs_on_no_example_is_left_out(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"net.shared .*with the batch first, got shape \(5,\)"):
+        path = capture(Task(seeded(Unbatched)), DataLoader(vector_data(), 4), tmp_path / "x.h5")
+    assert set(StoreReader(path).layers) == {"net.first", "net.last"}
+
+
+def test_a_checkpoint_of_a_run_without_the_callback_is_asked_with_a_file_made_later(tmp_path: Path) -> None:
+    data = dataset(22)
+    trainer = train(Classifier(), data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    path = capture(model, DataLoader(data, 4, shuffle=True), tmp_path / "x.h5")
+    influence = InfluenceModule.from_checkpoint(tmp_path / "last.ckpt", Classifier, store=path)
+    assert not influence.scores(data[:2]).isnan().any()
 
 
 def test_a_compiled_model_is_captured(tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ def _covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter
     return [parameter for layer in layers.values() for parameter in layer.parameters.values()]
 
 
+class NoLossError(QueryError):
+    """`training_step` returned None, which in training skips the batch."""
+
+
 def training_objective(model: nn.Module, batch: Any, *, instead: str = MEASUREMENT) -> Answer:
     """The loss that the model's own `training_step` returns.
 
@@ -117,6 +121,7 @@ def training_objective(model: nn.Module, batch: Any, *, instead: str = MEASUREME
         instead: what to pass where that does not work, for messages.
 
     Raises:
+        NoLossError: if the step returned None.
         QueryError: if there is no differentiable loss.
     """
     if not isinstance(model, LightningModule) or not model.automatic_optimization:
@@ -134,7 +139,7 @@ def training_objective(model: nn.Module, batch: Any, *, instead: str = MEASUREME
         ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise QueryError(
+        raise (NoLossError if loss is None else QueryError)(
             f"`training_step` of {type(model).__name__} returned no differentiable loss, got "
             f"{type(loss).__name__}; pass {instead}."
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -39,6 +39,7 @@ from lightning_influence.training import report
 from lightning_influence.training.asking import (
     Answer,
     Measurement,
+    NoLossError,
     Objective,
     back_propagated,
     copy_to_ask,
@@ -118,14 +119,15 @@ class Sweep:
             CaptureError: one of its children, if there is no batch, or no gradient to be had.
         """
         self._middle = length_hint(batches, 0) // 2
-        rest, looked_at = iter(batches), []
+        rest, looked_at, step = iter(batches), [], None
         for indices, batch in rest:
             looked_at.append((indices, batch))
-            step = self._look(indices, batch)
-            if self.tracking.is_verified or len(looked_at) == LOOKED_AT:
-                break
-        if not looked_at:
-            raise CaptureError("There is no batch to capture; `loader` must give at least one.")
+            with suppress(NoLossError):
+                step = self._look(indices, batch)
+                if self.tracking.is_verified or len(looked_at) >= LOOKED_AT:
+                    break
+        if step is None:
+            raise CaptureError(f"None of {len(looked_at)} batches has a loss; `loader` must give at least one.")
         self.tracking.is_verified = True  # from here on, a layer that is not whole is refused
         self.plans = plan_layers(self.tracking.layers, step.gradients, self._codec)
         report.warn_of_weights(step.scale.factor)
@@ -151,13 +153,14 @@ class Sweep:
         self._visited = 0
         for indices, batch in batches:
             self._visited += len(indices)
-            self._ask(indices, batch, names=metrics, reduce={name: partial(add, name) for name in metrics})
+            with suppress(NoLossError):
+                self._ask(indices, batch, names=metrics, reduce={name: partial(add, name) for name in metrics})
         return metrics
 
     def rows(
         self, batches: Batches, recorder: Recorder, *, step_index: int = -1, learning_rate: float = math.nan
     ) -> None:
-        """Record all examples' gradients.
+        """Record the gradients of all examples but those whose `training_step` skips them by returning None.
 
         Args:
             batches: of all examples.
@@ -173,7 +176,10 @@ class Sweep:
             visited += len(indices)
             keeps = number >= self._middle and kept < EXAMPLES
             layers = () if keeps else recorder.reduced_layers
-            step = self._ask(indices, batch, reduce={name: partial(recorder.reduce, name) for name in layers})
+            try:
+                step = self._ask(indices, batch, reduce={name: partial(recorder.reduce, name) for name in layers})
+            except NoLossError:  # skipped, as in training
+                continue
             indices = indices[indices != NO_ROW]
             if keeps:
                 some = torch.arange(min(EXAMPLES - kept, len(indices)))  # no slice, which would hold all
@@ -193,6 +199,8 @@ class Sweep:
             recorder: with all rows written.
             factors: made from them.
         """
+        if not self._kept:
+            return Agreement(note="no example was kept")
         rows = np.concatenate([rows for rows, _ in self._kept])
         chosen = np.flatnonzero(recorder.writer.read_column("valid")[rows])
         some = torch.from_numpy(chosen)
@@ -251,6 +259,8 @@ class Sweep:
                         f"[{len(answer.values)}]; if a batch holds other rows than indices say, pass `index_fn=`."
                     )
                 yield answer
+        except NoLossError:
+            raise
         except QueryError as error:  # of a model that cannot be asked
             raise CaptureError(str(error)) from error
         finally:

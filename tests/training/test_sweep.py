@@ -414,6 +414,28 @@ def test_examples_with_non_finite_gradients_are_flagged_even_in_the_first_batch(
         assert_rows_are(path, truth(model, data, MLP_LAYERS), valid)
 
 
+class Skipping(Task):
+    """Skips batches that hold example 0."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        is_skipped = (batch[0] == vector_data().tensors[0][0]).all(1).any()
+        return None if is_skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("codec", ["pairs-float32", "eigen"])
+def test_examples_of_a_batch_that_training_step_skips_have_no_row(tmp_path: Path, codec: Any) -> None:
+    path = capture(Skipping(seeded(Mlp)), DataLoader(vector_data(), 4), tmp_path / "x.h5", codec=codec)
+    assert StoreReader(path).attributes["rows_missing"] == 4
+    assert StoreReader(path).column("written")[0] == 0
+
+
+def test_how_coarse_rows_are_is_not_measured_where_the_later_batches_are_skipped(tmp_path: Path) -> None:
+    loader = DataLoader(vector_data(), 11)  # example 0 is in the second batch
+    path = capture(Skipping(seeded(Mlp)), loader, tmp_path / "x.h5")
+    assert StoreReader(path).attributes["rows_written"] == 11
+    assert StoreReader(path).attributes["staleness_note"] == "no example was kept"
+
+
 # What is left behind
 
 
@@ -579,6 +601,7 @@ FINE = DataLoader(vector_data(), 4)
             "below the dataset's length 22, got 22",
         ),
         (Task(Mlp()), FINE, {"index_fn": lambda b: [1, 2, 3]}, RowIndexError, "rows in a batch of 3 examples"),
+        (Skipping(Mlp()), DataLoader(vector_data(), 22), {}, CaptureError, "None of 1 batches has a loss"),
         (Task(Mlp()), DataLoader(vector_data(), 4, sampler=[]), {}, RowIndexError, "draws no index"),
         (Task(Mlp()), FINE, {"layers": ["nothing"]}, LayerError, "matches no module"),
         (Task(Mlp()), FINE, {"codec": "zip"}, ValueError, "`codec` must be one of"),

@@ -7,6 +7,7 @@ from lightning_influence.gradients import FactoredGradient
 from lightning_influence.layers import LayerAdapter, register_adapter
 from lightning_influence.module import InfluenceModule
 from lightning_influence.query import Attribution
+from lightning_influence.training.capture import capture
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,6 @@ __all__ = [
     "InfluenceError",
     "InfluenceModule",
     "LayerAdapter",
+    "capture",
     "register_adapter",
 ]

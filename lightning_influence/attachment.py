@@ -115,7 +115,7 @@ def matching_segment(model: nn.Module, store: StoreReader, *, checkpoint: Path |
         WeightsMismatchError: naming the file, its epochs, both hashes and the right checkpoint, if it is near.
         StoreError: if the file has no hash.
     """
-    epochs = [store.segment(number) for number in getattr(store, "segments", ())]  # type: ignore[attr-defined]
+    epochs = [store.segment(number) for number in store.segments]
     by_hash = {segment.attributes.get("weights_hash_end"): segment for segment in [*epochs, store]}
     expected = [key for key in by_hash if isinstance(key, str)]
     if not expected:

@@ -237,6 +237,8 @@ class InfluenceModule(LightningModule):
                 f"{facts['step_end']}, {facts['fisher']} Fisher",
                 f"staleness: {_staleness_text(facts)}",
             ]
+        elif facts.get("rows") == "final":  # by `capture`
+            lines.insert(1, "captured in eval mode, at the weights after training")
         return "\n".join(lines)
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:

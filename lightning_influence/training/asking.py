@@ -6,7 +6,9 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,7 +22,25 @@ from lightning_influence.layers import TrackedLayer, UseShape
 from lightning_influence.step import LossKind, StepCapture, StepGradients
 
 Measurement = Callable[[nn.Module, Any], Tensor]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+MEASUREMENT = "`measurement=`, a function (model, batch) -> [q]"
 _LOGGING: tuple[str, ...] = ("log", "log_dict")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of a batch.
+
+    Args:
+        total: what is back-propagated, a scalar.
+        values: each example's part of the sum that `total` is, shape [n]; None if it is not known.
+    """
+
+    total: Tensor
+    values: Tensor | None = None
+
+
+Objective = Callable[[nn.Module, Any], Answer]
 
 
 def example_gradients(
@@ -47,26 +67,40 @@ def example_gradients(
         CaptureError: if the gradients cannot be tied to the batch's examples.
     """
     capture = StepCapture(layers, loss=loss if measurement is None else "sum")
-    examples = None
-    with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
-        batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
-        with capture:
-            if measurement is None:
-                objective = _training_loss(model, batch)
-            else:
-                values = _measured(measurement, model, batch)
-                objective, examples = -values.sum(), len(values)
-            objective.backward()  # not autograd.grad, which reentrant checkpointing refuses
-        return capture.gradients(examples)
+    objective = training_objective if measurement is None else partial(_minus_measured, measurement)
+    with back_propagated(model, capture, batch, objective) as answer:
+        return capture.gradients(None if answer.values is None else len(answer.values))
 
 
-def shapes_seen(model: nn.Module, layers: Mapping[str, TrackedLayer], batch: Any) -> dict[str, list[UseShape]]:
+def shapes_seen(
+    model: nn.Module, layers: Mapping[str, TrackedLayer], batch: Any, objective: Objective | None = None
+) -> dict[str, list[UseShape]]:
     """The shapes of each layer's output gradients for a batch, in eval mode; as `example_gradients`."""
     capture = StepCapture(layers, loss="sum")
-    with torch.inference_mode(False), torch.enable_grad(), _asking(model, layers):
-        with capture:
-            _training_loss(model, batch).backward()
+    with back_propagated(model, capture, batch, objective or training_objective):
         return capture.shapes()
+
+
+@contextmanager
+def back_propagated(
+    model: nn.Module, capture: StepCapture, batch: Any, objective: Objective, *, scale: float = 1.0
+) -> Iterator[Answer]:
+    """The forward and backward of a batch, seen by `capture`, in eval mode; all is put back on leaving.
+
+    Args:
+        model: see `example_gradients`.
+        capture: of the layers whose gradients are wanted.
+        batch: on the model's device.
+        objective: what of the batch is minimised.
+        scale: that it is multiplied with, for gradients in half precision.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), _asking(model, capture.layers):
+        batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
+        with capture:
+            answer = objective(model, batch)
+            answer = Answer(answer.total if scale == 1 else answer.total * scale, answer.values)
+            answer.total.backward()  # not autograd.grad, which reentrant checkpointing refuses
+        yield answer
 
 
 def _covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter]:
@@ -74,11 +108,26 @@ def _covered_parameters(layers: Mapping[str, TrackedLayer]) -> list[nn.Parameter
     return [parameter for layer in layers.values() for parameter in layer.parameters.values()]
 
 
-def _training_loss(model: nn.Module, batch: Any) -> Tensor:
+class NoLossError(QueryError):
+    """`training_step` returned None, which in training skips the batch."""
+
+
+def training_objective(model: nn.Module, batch: Any, *, instead: str = MEASUREMENT) -> Answer:
+    """The loss that the model's own `training_step` returns.
+
+    Args:
+        model: a `LightningModule`.
+        batch: as `training_step` takes it.
+        instead: what to pass where that does not work, for messages.
+
+    Raises:
+        NoLossError: if the step returned None.
+        QueryError: if there is no differentiable loss.
+    """
     if not isinstance(model, LightningModule) or not model.automatic_optimization:
         raise QueryError(
             f"{type(model).__name__} has no `training_step` that only returns a loss (it is a plain module, "
-            "or optimizes manually); pass `measurement=`, a function (model, batch) -> [q]."
+            f"or optimizes manually); pass {instead}."
         )
     takes_index = len(inspect.signature(model.training_step).parameters) > 1
     try:
@@ -86,32 +135,43 @@ def _training_loss(model: nn.Module, batch: Any) -> Tensor:
     except Exception as error:  # the user's code, in a way it may not be made for
         raise QueryError(
             f"`training_step` of {type(model).__name__} failed when it was asked about a batch, in eval mode "
-            f"and without a trainer: {type(error).__name__}: {error} Mend that, or pass `measurement=`, a "
-            "function (model, batch) -> [q]."
+            f"and without a trainer: {type(error).__name__}: {error} Mend that, or pass {instead}."
         ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise QueryError(
+        raise (NoLossError if loss is None else QueryError)(
             f"`training_step` of {type(model).__name__} returned no differentiable loss, got "
-            f"{type(loss).__name__}; pass `measurement=`, a function (model, batch) -> [q]."
+            f"{type(loss).__name__}; pass {instead}."
         )
-    return loss
+    return Answer(loss)
 
 
-def _measured(measurement: Measurement, model: nn.Module, batch: Any) -> Tensor:
-    values = measurement(model, batch)
+def summed_objective(function: Measurement, name: str, model: nn.Module, batch: Any) -> Answer:
+    """The sum of what a user's function says of each example.
+
+    Args:
+        function: of model and batch.
+        name: of the function, with the shape that it must return, for messages.
+        model: for the function.
+        batch: for the function.
+
+    Raises:
+        QueryError: if the function returns something else than one value an example.
+    """
+    values = function(model, batch)
     if not isinstance(values, Tensor) or values.ndim != 1 or not values.requires_grad:
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise QueryError(
-            "`measurement(model, batch)` must return a differentiable tensor of shape [q], one value a "
-            f"query, got {found}."
-        )
-    return values
+        raise QueryError(f"{name}, got {found}.")
+    return Answer(values.sum(), values)
 
 
-def copy_to_ask(
-    model: LightningModule, layers: Mapping[str, TrackedLayer]
-) -> tuple[LightningModule, dict[str, TrackedLayer]]:
+def _minus_measured(measurement: Measurement, model: nn.Module, batch: Any) -> Answer:
+    expected = "`measurement(model, batch)` must return a differentiable tensor of shape [q], one value a query"
+    answer = summed_objective(measurement, expected, model, batch)
+    return Answer(-answer.total, answer.values)
+
+
+def copy_to_ask(model: ModuleT, layers: Mapping[str, TrackedLayer]) -> tuple[ModuleT, dict[str, TrackedLayer]]:
     """A deep copy of a model in training, without its trainer, and its layers."""
     clone = copy.deepcopy(model, {id(t): t.detach().clone() for t in _tensors_in_graphs(model)})
     for name in ("forward", "training_step"):  # a compiled model's are bound to the original

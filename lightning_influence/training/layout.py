@@ -8,7 +8,7 @@ dimension that counts examples is the one that is then smaller by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +25,7 @@ Shapes = Mapping[str, Sequence[UseShape]]
 
 
 def find_batch_dims(
-    trainer: Trainer,
-    model: LightningModule,
-    layers: Mapping[str, TrackedLayer],
-    shapes: Shapes,
-    batch: Any,
-    n: int,
+    layers: Mapping[str, TrackedLayer], shapes: Shapes, batch: Any, n: int, ask: Callable[[Any], Shapes]
 ) -> tuple[dict[str, TrackedLayer], dict[str, str]]:
     """The layers with their batch dimension, and those of which no dimension counts examples, with the reason.
 
@@ -38,26 +33,34 @@ def find_batch_dims(
     whose shapes leave a doubt.
 
     Args:
-        trainer: whose precision is used.
-        model: in training; a copy of it is asked, in eval mode.
         layers: the tracked layers.
         shapes: of their output gradients in the step that was just done.
         batch: the step's, n examples in the first dimension of its tensors.
         n: number of examples.
+        ask: the shapes for another batch, in eval mode, as `ask_copy` does.
     """
     if n == 1:  # nothing to leave out; the only example is where the size is 1 in all uses
         dims = {name: _batch_dim(shapes.get(name, ()), shapes.get(name, ()), 1) for name in layers}
         return _settled(layers, dims, shapes, 1)
     try:
-        if not model.automatic_optimization:
-            raise QueryError("its `training_step` optimizes by itself")
-        with kept_random_states(), trainer.precision_plugin.forward_context():
-            fewer = shapes_seen(*copy_to_ask(model, layers), _without_last_example(batch, n))
+        fewer = ask(_without_last_example(batch, n))
     except Exception as error:  # the user's code runs here, in a way it may not be made for
         _warn_of_doubt(shapes, n, error)
         return dict(layers), {}
     dims = {name: _batch_dim(shapes.get(name, ()), fewer.get(name, ()), n) for name in layers}
     return _settled(layers, dims, fewer, n - 1)
+
+
+def ask_copy(trainer: Trainer, model: LightningModule, layers: Mapping[str, TrackedLayer], batch: Any) -> Shapes:
+    """The shapes that a copy of a model in training sees for a batch, in the trainer's precision.
+
+    Raises:
+        QueryError: if it cannot be asked.
+    """
+    if not model.automatic_optimization:
+        raise QueryError("its `training_step` optimizes by itself")
+    with kept_random_states(), trainer.precision_plugin.forward_context():
+        return shapes_seen(*copy_to_ask(model, layers), batch)
 
 
 def _settled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy, XLAStrategy
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_influence.errors import UnsupportedTrainingError
@@ -52,7 +52,7 @@ def has_exact_average(trainer: Trainer) -> bool:
     return getattr(trainer.strategy, "_ddp_comm_hook", None) is None
 
 
-def trainable(model: LightningModule) -> list[bool]:
+def trainable(model: nn.Module) -> list[bool]:
     """Which parameters need a gradient now."""
     return [parameter.requires_grad for parameter in model.parameters()]
 

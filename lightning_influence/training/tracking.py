@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.errors import LayerError, RowIndexError
 from lightning_influence.layer_plan import LayerPlan
-from lightning_influence.layers import TrackedLayer, UseShape, track_layers
+from lightning_influence.layers import TrackedLayer, track_layers
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.step import LossKind, StepCapture
 from lightning_influence.training import report
-from lightning_influence.training.layout import find_batch_dims
+from lightning_influence.training.layout import Shapes, ask_copy, find_batch_dims
 from lightning_influence.training.surroundings import trainable
 from lightning_influence.training.verification import GradientCheck
 
@@ -24,7 +24,7 @@ class LayerTracking:
     """Which layers are captured, and whether their gradients were found to be whole.
 
     Args:
-        model: in training.
+        model: in training, or swept after it.
         patterns: the `layers` that the user asked for.
         loss: how the loss's scale is known.
 
@@ -35,7 +35,7 @@ class LayerTracking:
         is_verified: whether a batch's gradients were compared with `.grad`.
     """
 
-    def __init__(self, model: LightningModule, patterns: Sequence[str] | None, loss: LossKind) -> None:
+    def __init__(self, model: nn.Module, patterns: Sequence[str] | None, loss: LossKind) -> None:
         self.model = model
         self.layers, self.coverage = track_layers(model, patterns)
         self.capture = StepCapture(self.layers, loss=loss)
@@ -103,11 +103,17 @@ class LayerTracking:
             raise LayerError(f"Layer {name!r}: {reason}; this was not so in the first batch.")
         self.drop(reasons)
 
-    def settle(self, trainer: Trainer, batch: Any, n: int, shapes: Mapping[str, Sequence[UseShape]]) -> None:
+    def settle(self, trainer: Trainer, batch: Any, n: int, shapes: Shapes) -> None:
+        """`settle_by` asking a copy of the model, in the trainer's precision."""
+        assert isinstance(self.model, LightningModule)
+        model = self.model
+        self.settle_by(lambda fewer: ask_copy(trainer, model, self.layers, fewer), batch, n, shapes)
+
+    def settle_by(self, ask: Callable[[Any], Shapes], batch: Any, n: int, shapes: Shapes) -> None:
         """After the first batch: drop what it did not use, and find where the examples are.
 
         Args:
-            trainer: whose precision is used.
+            ask: the shapes that the layers see for another batch.
             batch: as `training_step` got it.
             n: number of its examples.
             shapes: of the output gradients of the layers that its backwards reached.
@@ -117,7 +123,7 @@ class LayerTracking:
         """
         unseen = [name for name in self.layers if name not in shapes]
         self.drop(dict.fromkeys(unseen, "no call of it took part in the first batch's backward"))
-        found, reasons = find_batch_dims(trainer, self.model, self.layers, shapes, batch, n)
+        found, reasons = find_batch_dims(self.layers, shapes, batch, n, ask)
         if not found:
             name = next(iter(reasons))
             raise RowIndexError(

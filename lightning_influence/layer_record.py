@@ -59,7 +59,7 @@ class RowsFirstRecord(LayerRecord):
         """Basis from the covariances, Lambda from the rows."""
         metric = self.covariance
         basis = diagonal_basis(self.codec.shape) if metric is None else metric.eigenbasis()
-        correction = EigenvalueCorrection(basis).to(basis.eigenvalues_A.device)
+        correction = EigenvalueCorrection(basis, sync_on_compute=False).to(basis.eigenvalues_A.device)
         for arrays in blocks:
             correction.update(self.codec.decode_gradient(arrays).to(basis.eigenvalues_A.device))
         return ScoredLayer(basis, correction.compute(), self.codec)
@@ -79,7 +79,7 @@ class EigenRecord(LayerRecord):
     def __init__(self, codec: EigenCodec, first_Lambda: Tensor) -> None:
         self.codec: EigenCodec = codec
         self.first_Lambda = first_Lambda
-        self.eigenvalues = EigenvalueCorrection(codec.basis).to(codec.coordinates.device)
+        self.eigenvalues = EigenvalueCorrection(codec.basis, sync_on_compute=False).to(codec.coordinates.device)
 
     def reduce(self, gradient: LayerGradient) -> Coordinates:
         """The kept coordinates."""

@@ -87,7 +87,9 @@ class Recorder:
         without_basis = {n for n, plan in plans.items() if plan.needs_basis and n not in self._bases}
         self._spool = Spool(self.writer.path) if without_basis else None
         self._covariances = {
-            name: KroneckerCovariance(plan.shape, plan.structure, positions=covariance_positions)
+            name: KroneckerCovariance(
+                plan.shape, plan.structure, positions=covariance_positions, sync_on_compute=False
+            )
             for name, plan in plans.items()
             if not plan.structure.is_diagonal
             and (keep_covariances or plan.codec != "eigen" or name in without_basis)

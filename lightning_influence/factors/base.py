@@ -18,12 +18,16 @@ from torchmetrics import Metric
 
 
 class SumMetric(Metric):
-    """A metric whose states are tensors that add up over batches and processes."""
+    """A metric whose states are tensors that add up over batches and processes.
+
+    Args:
+        sync_on_compute: whether `compute` joins the processes, which all must call it then.
+    """
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__(compute_with_cache=False)
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(compute_with_cache=False, sync_on_compute=sync_on_compute)
 
     def add_sum(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Register a state of zeros that is summed over processes."""

@@ -17,13 +17,16 @@ class EigenvalueCorrection(SumMetric):
     Args:
         basis: the layer's eigenbasis, of shape (o, i).
         dtype: of the sums; float32 or float64.
+        sync_on_compute: whether `compute` joins the processes.
     """
 
     squares: Tensor
     examples: Tensor
 
-    def __init__(self, basis: Eigenbasis, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+    def __init__(
+        self, basis: Eigenbasis, dtype: torch.dtype = torch.float32, *, sync_on_compute: bool = True
+    ) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.basis = basis
         self.add_sum("squares", basis.shape, dtype)
         self.add_sum("examples", (), torch.int64)

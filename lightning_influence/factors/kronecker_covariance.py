@@ -21,6 +21,7 @@ class KroneckerCovariance(SumMetric):
         dtype: of the sums; float32 or float64.
         positions: how many positions of each example to take, the same ones for all examples of a batch,
             drawn by an own generator with a fixed seed; None takes all.
+        sync_on_compute: whether `compute` and `eigenbasis` join the processes.
 
     Example:
         >>> from lightning_influence.gradients import FactoredGradient
@@ -43,8 +44,9 @@ class KroneckerCovariance(SumMetric):
         *,
         dtype: torch.dtype = torch.float32,
         positions: int | None = None,
+        sync_on_compute: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=sync_on_compute)
         self.structure = structure
         self.sampled_positions = positions
         self._generator = torch.Generator().manual_seed(0)

@@ -225,7 +225,9 @@ class CaptureSession:
     def _covariance(self, name: str) -> KroneckerCovariance:
         if name not in self._covariances:
             plan, positions = self._plans[name], self.options.covariance_positions
-            self._covariances[name] = KroneckerCovariance(plan.shape, plan.structure, positions=positions)
+            self._covariances[name] = KroneckerCovariance(
+                plan.shape, plan.structure, positions=positions, sync_on_compute=False
+            )
         return self._covariances[name]
 
     def _add_to_covariance(self, name: str, gradient: LayerGradient) -> LayerGradient:

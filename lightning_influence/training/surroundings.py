@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy, XLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,8 +25,8 @@ def check_supported(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    is_xla = isinstance(strategy, SingleDeviceXLAStrategy | XLAStrategy)
-    if is_xla or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    is_other = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)  # children of these
+    if is_other or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise UnsupportedTrainingError(
             f"Capture does not support {name}: a process must hold whole weights, whole gradients and its own "
             "examples, and run PyTorch's own backward, as with one device or DDP; "

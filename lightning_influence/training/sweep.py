@@ -141,7 +141,7 @@ class Sweep:
             positions: how many positions of each example to take; None for all.
         """
         metrics = {
-            name: KroneckerCovariance(plan.shape, plan.structure, positions=positions)
+            name: KroneckerCovariance(plan.shape, plan.structure, positions=positions, sync_on_compute=False)
             for name, plan in self.plans.items()
             if plan.needs_basis
         }

@@ -10,7 +10,8 @@ only the loss puts together, such as negatives in the batch.
 Mixing before the step (in a `collate_fn`, a transfer hook, another callback) is not seen by asking. Mixed
 targets, of two classes each, give it away.
 
-Batch normalization is in eval mode in the copy, since it is known; so is dropout, to draw fewer numbers.
+Torch's own modules are in eval mode in the copy: of batch normalization is known what it does, and without
+dropout fewer numbers are drawn.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_influence.errors import UnsupportedTrainingError
@@ -143,9 +143,7 @@ class _Inquiry:
     ) -> None:
         self._model, self._layers = copy_to_ask(model, layers)
         self._model.trainer = _Clock(trainer)  # type: ignore[assignment]
-        self._training = [
-            m for m in self._model.modules() if m.training and not isinstance(m, _BatchNorm | _DropoutNd)
-        ]
+        self._training = [module for module in self._model.modules() if module.training and not _is_known(module)]
         self._batch, self._n = batch, n
 
     def verdict(self) -> Mixing | None:
@@ -279,6 +277,11 @@ class _WithoutOtherProcesses(TorchDispatchMode):
         if "c10d" in func.namespace:
             raise _UnclearError
         return func(*args, **(kwargs or {}))
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether what it does in training is known: torch's own modules mix nothing."""
+    return isinstance(module, _BatchNorm) or type(module).__module__.startswith("torch.nn.")
 
 
 def _batch_dim(module: nn.Module, layer: TrackedLayer) -> int:

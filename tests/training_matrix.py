@@ -14,8 +14,11 @@ Fails if a row is not as expected.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,7 +47,7 @@ def main() -> int:
 
 def print_row(situation: Situation) -> bool:
     """Whether it is as expected."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, silence():
         try:
             row = measure(situation, Path(folder))
         except (Exception, SystemExit) as error:  # the other rows still print
@@ -52,6 +55,24 @@ def print_row(situation: Situation) -> bool:
     columns = (row.training, row.file, row.rows, number(row.ratio, "{:.6f}"), number(row.factors, "{:.0e}"))
     print(line(situation.name, *columns, "yes" if not row.flaws else f"NO: {'; '.join(row.flaws)}"), flush=True)
     return not row.flaws
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing of what Lightning and its processes print."""
+    sys.stdout.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        sys.stdout.flush()
+        for descriptor, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+        os.close(nowhere)
 
 
 def number(value: float, how: str) -> str:

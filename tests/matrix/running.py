@@ -66,7 +66,7 @@ def train_here(situation: Situation, folder: Path, *, is_captured: bool, is_stil
 def _in_a_script(situation: Situation, folder: Path, *, is_captured: bool, is_still: bool) -> Trained:
     flags = ["captured"] * is_captured + ["still"] * is_still
     command = [sys.executable, "-m", "tests.matrix.script", situation.name, str(folder), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(f"the script ended with {done.returncode}: {done.stderr[-800:]}")
     return Trained(**torch.load(folder / "trained.pt"))

@@ -135,12 +135,10 @@ def two_terms_sum(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class CompiledNetTask(Task):
-    """Its net is compiled, with a submodule's name that says so."""
-
-    backend = "eager"
+    """Its net is compiled, and its layers' names say so."""
 
     def __init__(self, net: nn.Module, *args: Any) -> None:
-        super().__init__(torch.compile(net, backend=self.backend), *args)
+        super().__init__(torch.compile(net, backend="eager"), *args)
 
 
 class CompiledLayerTask(Task):
@@ -154,10 +152,8 @@ class CompiledLayerTask(Task):
 class CompiledInPlaceTask(Task):
     """Its net is compiled by `Module.compile`."""
 
-    backend = "eager"
-
     def __init__(self, net: nn.Module, *args: Any) -> None:
-        net.compile(backend=self.backend)
+        net.compile(backend="eager")
         super().__init__(net, *args)
 
 

@@ -14,9 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_influence.attachment import attachment_state
+from lightning_influence.attachment import STATE_KEY, attachment_state
+from lightning_influence.errors import StoreError
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
+from lightning_influence.store import StoreReader
 from lightning_influence.training.checkpoints import CheckpointAttachment
 from lightning_influence.training.options import CaptureOptions, Epochs, Rows, check_choice
 from lightning_influence.training.session import CaptureSession
@@ -120,6 +122,7 @@ class InfluenceCallback(Callback):
             num_examples=num_examples,
         )
         self.on_error = on_error
+        self._id = uuid.uuid4().hex[:12]  # of this callback and its copies in other processes
         # Lightning asks for the key at every hook of every batch
         self._state_key = self._generate_state_key(path=str(self.options.path))
         self._session: CaptureSession | None = None
@@ -136,11 +139,32 @@ class InfluenceCallback(Callback):
         # a fit that had nothing left to train, or whose capture failed, leaves the file before it
         session = self._session if self._session is not None and self._session.has_started else self._finished
         if session is None:
-            return {}
+            return self._state_of_spawned()
+        self._save_for_resume()
         trainer = session.trainer
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         status = "capturing" if session.finished_epoch is None else "complete"
         return attachment_state(session.store_id, session.path, Path(folder), status)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the file that the checkpoint belongs to."""
+        if self._session is not None and STATE_KEY in state_dict:
+            self._session.resume(state_dict[STATE_KEY])
+
+    @_guarded
+    def _save_for_resume(self) -> None:
+        if self._session is not None:
+            self._session.save_state()
+
+    def _state_of_spawned(self) -> dict[str, Any]:
+        """Processes that the trainer has spawned cannot tell this one what they wrote; their file can."""
+        path = self.options.path.absolute()
+        try:
+            store_id = StoreReader(path).store_id
+        except StoreError:
+            return {}
+        is_own = store_id.endswith(self._id)
+        return attachment_state(store_id, path, path.parent, "complete") if is_own else {}
 
     @_guarded
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -149,8 +173,8 @@ class InfluenceCallback(Callback):
             return
         self._retire()
         self._attachment.install(trainer, self.state_dict)
-        self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex)
-        self._session.start()
+        self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex[:20] + self._id)
+        self._session.start(self)
 
     @_guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lightning_influence.codecs import DenseCodec, PairsCodec
 from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
+from lightning_influence.errors import LayerError
 from lightning_influence.functional.quantize import RowDtype
 from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import FactoredGradient, LayerGradient
@@ -90,6 +91,27 @@ def plan_layers(
             layer.batch_dim,
         )
     return plans
+
+
+def check_gradients(plans: Mapping[str, LayerPlan], gradients: Mapping[str, LayerGradient]) -> None:
+    """Refuse gradients for which the rows that were planned have no room.
+
+    Raises:
+        LayerError: naming the layer.
+    """
+    for name, plan in plans.items():
+        found = gradients[name].positions
+        if plan.codec == "pairs" and not isinstance(gradients[name], FactoredGradient):
+            raise LayerError(
+                f"Layer {name!r} was used in another way than in the first batch, so that its gradients are "
+                "no pairs; pass `codec='eigen'`."
+            )
+        if plan.codec == "pairs" and found > plan.positions:
+            raise LayerError(
+                f"Layer {name!r} has {found} positions in an example, but rows of pairs were laid out "
+                f"for the {plan.positions} of the first batch; pass `codec='eigen'`, or pad all batches "
+                "alike."
+            )
 
 
 def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: int) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_influence.codecs import Codec, DenseCodec, EigenCodec, PairsCodec
 from lightning_influence.factors import EigenvalueCorrection, KroneckerCovariance
-from lightning_influence.functional.kronecker import diagonal_basis
+from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
 from lightning_influence.gradients import Coordinates, LayerGradient
+from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.scoring import ScoredLayer
 
 
@@ -28,6 +29,10 @@ class LayerRecord(ABC):
     def reduce(self, gradient: LayerGradient) -> LayerGradient:
         """What `add` needs of the gradients, if that is less; does not matter which of them are finite."""
         return gradient
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the rows and covariances."""
+        return {}
 
     @abstractmethod
     def add(self, gradient: LayerGradient) -> dict[str, Tensor]:
@@ -81,6 +86,26 @@ class EigenRecord(LayerRecord):
         self.first_Lambda = first_Lambda
         self.eigenvalues = EigenvalueCorrection(codec.basis, sync_on_compute=False).to(codec.coordinates.device)
 
+    @classmethod
+    def of_state(cls, basis: Eigenbasis, state: Mapping[str, Tensor]) -> EigenRecord:
+        """The record that `state` was of."""
+        state = {name: value.to(basis.eigenvalues_A.device) for name, value in state.items()}
+        record = cls(EigenCodec(basis, state["coordinates"], state["whitening"]), state["first_Lambda"])
+        record.eigenvalues.squares += state["squares"]
+        record.eigenvalues.examples += state["examples"]
+        return record
+
+    def state(self) -> dict[str, Tensor]:
+        """Which coordinates rows keep, and Lambda's sums."""
+        values = {
+            "coordinates": self.codec.coordinates,
+            "whitening": self.codec.whitening,
+            "first_Lambda": self.first_Lambda,
+            "squares": self.eigenvalues.squares,
+            "examples": self.eigenvalues.examples,
+        }
+        return {name: value.detach().cpu().clone() for name, value in values.items()}
+
     def reduce(self, gradient: LayerGradient) -> Coordinates:
         """The kept coordinates."""
         return Coordinates(self.codec.selection.of(gradient).unsqueeze(1))
@@ -97,3 +122,18 @@ class EigenRecord(LayerRecord):
         kept = self.codec.coordinates
         Lambda[kept] = self.eigenvalues.compute().flatten()[kept]
         return ScoredLayer(self.codec.basis, Lambda.view_as(self.first_Lambda), self.codec)
+
+
+def describe_layers(plans: Mapping[str, LayerPlan], layers: Mapping[str, ScoredLayer]) -> list[dict[str, object]]:
+    """What a file says of its layers, in the model's order."""
+    return [
+        {
+            "name": name,
+            "has_bias": plans[name].has_bias,
+            "batch_dim": plans[name].batch_dim,
+            "structure": plans[name].structure.to_builtins(),
+            "codec": layer.codec.codec_id,
+            "config": layer.codec.get_config(),
+        }
+        for name, layer in layers.items()
+    ]

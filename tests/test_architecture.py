@@ -20,6 +20,7 @@ FLOORS = [
     {"layer_plan"},
     {"layer_record"},
     {"blocks"},
+    {"row_file"},
     {"recorder", "query"},
     {"training"},
     {"callback", "module"},

@@ -38,6 +38,19 @@ class SumMetric(Metric):
         """The states themselves, in a fixed order, to be added up over processes in place."""
         return [getattr(self, name) for name in self._defaults]
 
+    def load_sums(self, saved: Sequence[Tensor] | None) -> None:
+        """Add sums that were saved, if they are of the same layer.
+
+        Raises:
+            ValueError: if their shapes are others.
+        """
+        for own, tensor in zip(self.sums, saved or (), strict=False):
+            if own.shape != tensor.shape:
+                raise ValueError(
+                    f"Sums must have shape {tuple(own.shape)}, got {tuple(tensor.shape)}: they are of another layer."
+                )
+            own += tensor.to(own.device)
+
     def _wrap_compute(self, compute: Callable) -> Callable:
         @functools.wraps(compute)
         def joined(*args: Any, **kwargs: Any) -> Any:  # the base class's would squeeze [1, 1] to a scalar

@@ -48,6 +48,11 @@ class Eigenbasis:
         """Whether nothing is rotated."""
         return self.Q_A is None and self.Q_S is None
 
+    def to(self, device: torch.device | str) -> Eigenbasis:
+        """The same basis on a device."""
+        Q_A, Q_S = (None if Q is None else Q.to(device) for Q in (self.Q_A, self.Q_S))
+        return Eigenbasis(Q_A, Q_S, self.eigenvalues_A.to(device), self.eigenvalues_S.to(device))
+
     def eigenvalue_products(self) -> Tensor:
         """K-FAC's eigenvalues, those of S times those of A, shape [o, i]."""
         products = self.eigenvalues_S.unsqueeze(-1) * self.eigenvalues_A.unsqueeze(-2)  # [g, o/g, i]

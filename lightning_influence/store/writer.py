@@ -46,8 +46,9 @@ class StoreWriter:
         num_examples: N, the length of the dataset.
         store_id: what tells this run's file from others, of at least 8 letters, digits, - or _.
         segment: number of the segment to be written, such as the epoch; it will be the file's root.
-        after: a finished file of this run, usually the one at `path`, whose other segments the new file
-            will hold too. `create` copies them, so k segments one by one copy the first k - 1 times.
+        after: a finished file of this run, usually the one at `path`, whose segments of smaller numbers the
+            new file will hold too (later ones are of a past that a resumed run has left). `create` copies
+            them, so k segments one by one copy the first k - 1 times.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -143,6 +144,38 @@ class StoreWriter:
                 "before, on the same machine."
             ) from err
         self._layers = {layer: tuple(named) for layer, named in layers.items()}
+
+    def take_over(self, layers: Mapping[str, Mapping[str, ArraySpec]]) -> None:
+        """Go on with the file that an earlier run of the same id has left with `suspend`, or by dying.
+
+        Args:
+            layers: as that run gave to `create`.
+
+        Raises:
+            StoreError: as for `join`.
+        """
+        self.join(layers)
+        self._is_creator = True
+
+    def suspend(self) -> None:
+        """End, and leave the unfinished file for a resumed run to take over."""
+        if self._file is not None:
+            self._file.flush()
+        self._unmap()
+        self._is_creator = False
+
+    def forget_rows(self, forgotten: np.ndarray) -> None:
+        """Mark some rows as never written.
+
+        Args:
+            forgotten: a mask of shape [N].
+        """
+        self._check_open()
+        for name, (_, unknown) in COLUMNS.items():
+            self._rows[f"rows/{name}"][forgotten] = unknown
+        for layer, arrays in self._layers.items():
+            for name in arrays:
+                self._rows[f"layers/{layer}/rows/{name}"][forgotten] = 0
 
     def leave(self) -> None:
         """End a joined writer's part; the file stays for its creator to finish.
@@ -318,7 +351,7 @@ class StoreWriter:
                 f"`after` must be a file of the same run and dataset: {self.after} has the id and "
                 f"`num_examples` {found}, expected {expected}; choose another path or pass no `after`."
             )
-        return [reader.segment(number) for number in reader.segments if number != self.segment]
+        return [reader.segment(number) for number in reader.segments if number < self.segment]
 
     def _map(self, offsets: Mapping[str, int], arrays: Mapping[str, layout.Array]) -> None:
         """Map the partial file, and of it each array."""

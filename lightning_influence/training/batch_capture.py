@@ -75,7 +75,8 @@ class BatchCapture:
 
     Attributes:
         tracking: the layers.
-        first_batch: a copy of the first batch until its gradients are collected, None after that.
+        first_batch: a copy of the first batch, for whoever wants to ask about it.
+        size: number of rows of the batch that was started.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class BatchCapture:
         self.trainer, self.model = trainer, model
         self._options, self._processes, self._wanted = options, processes, wanted
         self.first_batch: Any = None
+        self.size = 0
         self._is_armed = False
         self._rows: np.ndarray | None = None
         self._forget()
@@ -108,7 +110,7 @@ class BatchCapture:
         """
         self.disarm()
         self._forget()
-        self._rows = rows
+        self._rows, self.size = rows, len(rows)
         self._learning_rate = learning_rate(self.trainer)
         self._factor = backpropagated_factor(self.trainer, self.model)
         self._step_index = self.trainer.global_step
@@ -218,9 +220,7 @@ class BatchCapture:
         self._parts.append(part)
 
     def _settle(self) -> None:
-        assert self._rows is not None
-        batch, self.first_batch = self.first_batch, None
-        self.tracking.settle(self.trainer, batch, len(self._rows), self._shapes)
+        self.tracking.settle(self.trainer, self.first_batch, self.size, self._shapes)
         self._is_settled = True
 
     def _joined(self) -> StepGradients:

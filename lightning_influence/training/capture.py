@@ -8,15 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_influence.functional.weights import weights_hash
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.layers import NOT_CHOSEN
-from lightning_influence.recorder import Recorder
+from lightning_influence.recorder import RecordedCounts, Recorder
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreWriter
 from lightning_influence.training import report
@@ -24,7 +21,7 @@ from lightning_influence.training.asking import Measurement, kept_random_states
 from lightning_influence.training.example_batches import ExampleBatches
 from lightning_influence.training.options import CaptureOptions, IndexFn
 from lightning_influence.training.staleness import Agreement
-from lightning_influence.training.sweep import Sweep
+from lightning_influence.training.sweep import Sweep, finish_sweep
 
 
 def capture(
@@ -119,36 +116,17 @@ def capture(
         )
         try:
             sweep.rows(visited, recorder)
-            _finish(recorder, sweep, model, loss)
+            agreement, counts = finish_sweep(recorder, sweep, model, {"loss": loss})
         except BaseException:
             recorder.discard()
             raise
+    _report(target, sweep, agreement, counts)
     return target
 
 
-def _finish(recorder: Recorder, sweep: Sweep, model: nn.Module, loss: LossKind) -> None:
-    """Factors, file, and what the user should know of it."""
-    factors, counts = recorder.factors(), recorder.counts()
-    agreement, digest = sweep.agreement(recorder, factors), weights_hash(model)
-    recorder.finish(
-        factors,
-        attributes={
-            "rows": "final",
-            "weights_hash_start": digest,
-            "weights_hash_end": digest,
-            "fisher": "empirical",
-            "loss": loss,
-            "staleness_spearman": agreement.staleness,
-            "staleness_note": agreement.note,
-            "codec_spearman": agreement.codec,
-        },
-        documents={
-            "coverage": sweep.tracking.coverage.to_builtins(),
-            "loss": recorder.loss,
-            "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
-        },
-    )
-    path, coverage = recorder.writer.path, sweep.tracking.coverage
+def _report(path: Path, sweep: Sweep, agreement: Agreement, counts: RecordedCounts) -> None:
+    """What the user should know of the file."""
+    coverage = sweep.tracking.coverage
     rank_zero_info(
         f"capture: {path} holds {counts.written:,} rows at the model's weights, {counts.missing:,} missing, "
         f"{counts.invalid:,} invalid, {path.stat().st_size / 1e6:.1f} MB; {coverage.share:.1%} of the trainable "

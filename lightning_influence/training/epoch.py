@@ -45,6 +45,7 @@ class EpochCapture:
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
         self._staleness = StalenessProbe()
         self._batches = 0
+        self._is_resumed = False
         self._attributes: dict[str, Any] = {"epoch": trainer.current_epoch, "step_start": trainer.global_step}
         if processes.is_first:
             self._attributes["weights_hash_start"] = weights_hash(model)
@@ -76,6 +77,32 @@ class EpochCapture:
         if is_last or recorder.has_enough(*waiting):
             recorder.lay_out()
 
+    def state(self) -> dict[str, Any] | None:
+        """What `resume` needs; None if there are no rows to go on with."""
+        recorded = None if self.recorder is None else self.recorder.state()
+        if recorded is None:
+            return None
+        return {"recorder": recorded, "attributes": dict(self._attributes), "batches": self._batches}
+
+    def resume(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Go on in an epoch that an earlier run had begun, with its rows if there are any.
+
+        Args:
+            state: of that run; None if there is none.
+            step: of the checkpoint.
+        """
+        self._is_resumed = True
+        if state is not None:
+            assert self.recorder is not None
+            self.recorder.resume(state["recorder"], step=step, device=self._model.device)
+            self._attributes |= state["attributes"]
+            self._batches += state["batches"]
+
+    def suspend(self) -> None:
+        """Leave the unfinished file for a resumed run."""
+        if self.recorder is not None:
+            self.recorder.suspend()
+
     def finish(self, path: Path, tracking: LayerTracking) -> Agreement:
         """Factors, staleness, file, log; how rows agree with the final weights' is known to the first process."""
         recorder, trainer, model = self.recorder, self._trainer, self._model
@@ -101,6 +128,8 @@ class EpochCapture:
                 agreement=agreement,
                 seconds=time.monotonic() - began,
             )
+            if self._is_resumed:
+                report.warn_of_resumed_epoch(path, self.epoch, counts)
         return agreement
 
     def next_bases(self) -> Mapping[str, Eigenbasis]:
@@ -123,6 +152,7 @@ class EpochCapture:
             "rows": self._options.rows,
             "fisher": self._options.fisher,
             "loss": self._options.loss,
+            "is_resumed": self._is_resumed,
             "processes": self._processes.size,
             "staleness_spearman": agreement.staleness,
             "staleness_note": agreement.note,

@@ -35,7 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.losses import LossTap
-from lightning_influence.training.asking import _asking, _training_loss, copy_to_ask, kept_random_states
+from lightning_influence.training.asking import (
+    _asking,
+    copy_to_ask,
+    kept_random_states,
+    training_objective,
+)
 from lightning_influence.training.mixed_targets import (
     HALF_TOLERANCE,
     NO_INDEX,
@@ -51,7 +56,13 @@ DRAWS = 4  # an augmentation that is applied to half of the batches is missed in
 
 
 def check_mixing(
-    trainer: Trainer, model: LightningModule, layers: Mapping[str, TrackedLayer], batch: Any, n: int
+    trainer: Trainer,
+    model: LightningModule,
+    layers: Mapping[str, TrackedLayer],
+    batch: Any,
+    n: int,
+    *,
+    is_captured: bool = True,
 ) -> None:
     """Refuse training that makes rows of several examples, and warn where it may, or where a batch is coupled.
 
@@ -61,12 +72,13 @@ def check_mixing(
         layers: the tracked layers, with their batch dimensions.
         batch: as `training_step` got it, n examples in the first dimension of its tensors.
         n: number of examples.
+        is_captured: whether the batch's rows are wanted; of another one, all there is to say is a warning.
 
     Raises:
         UnsupportedTrainingError: if rows are certain to be made of several examples.
     """
     for found in (find_mixed_targets(batch, n), find_mixing(trainer, model, layers, batch, n)):
-        if found is not None and found.is_certain:
+        if found is not None and found.is_certain and is_captured:
             raise UnsupportedTrainingError(found.text)
         if found is not None:
             rank_zero_warn(f"InfluenceCallback: {found.text}")
@@ -217,7 +229,7 @@ class _Inquiry:
             tap = asked.enter_context(LossTap())
             batch = self._with_replaced(replaced)
             before = _seeded_states(draw)
-            _training_loss(self._model, batch)
+            training_objective(self._model, batch)
             after = _random_states()
         return _Answer(seen + self._seen_by_losses(tap), (before, after))
 

@@ -166,3 +166,13 @@ def warn_of_partial_epoch(path: Path, epoch: int | None, finished_epoch: int | N
         f"InfluenceCallback: epoch {epoch} ended before its last batch, so its rows are not whole and were "
         f"dropped. {left}"
     )
+
+
+def warn_of_resumed_epoch(path: Path, epoch: int, counts: RecordedCounts) -> None:
+    """Training was resumed within the epoch that was captured."""
+    rank_zero_warn(
+        f"InfluenceCallback: training was resumed within epoch {epoch}, and a resumed epoch draws its examples "
+        f"anew: {counts.missing:,} of {counts.written + counts.missing:,} examples are missing from {path} "
+        "(its column `written` says which). For all of them, train one more epoch, or call "
+        "`capture(model, loader, path)`."
+    )

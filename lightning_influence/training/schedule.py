@@ -36,6 +36,11 @@ class CaptureSchedule:
                 "has none; name smaller ones, or train longer."
             )
 
+    def start_epoch(self, trainer: Trainer) -> None:
+        """A stop that was asked for, and only waits for `min_epochs`, makes this epoch the final one."""
+        if trainer.should_stop and trainer.current_epoch + 1 >= (trainer.min_epochs or 0):
+            self.final_epoch = trainer.current_epoch
+
     @property
     def is_rolling(self) -> bool:
         """Whether every epoch may be the last."""

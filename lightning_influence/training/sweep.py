@@ -17,6 +17,7 @@ from itertools import chain
 from operator import length_hint
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,9 +31,10 @@ from lightning_influence.errors import (
     UnsupportedTrainingError,
 )
 from lightning_influence.factors import KroneckerCovariance
+from lightning_influence.functional.weights import weights_hash
 from lightning_influence.gradients import LayerGradient, concatenate
 from lightning_influence.layer_plan import CodecName, LayerPlan, plan_layers
-from lightning_influence.recorder import Recorder
+from lightning_influence.recorder import RecordedCounts, Recorder
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import LossKind, StepGradients
 from lightning_influence.training import report
@@ -293,3 +295,37 @@ def _copy(model: nn.Module, instead: str) -> nn.Module:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass {instead}."
         ) from error
+
+
+def finish_sweep(
+    recorder: Recorder, sweep: Sweep, model: nn.Module, attributes: Mapping[str, Any]
+) -> tuple[Agreement, RecordedCounts]:
+    """Factors and file of a sweep.
+
+    Args:
+        recorder: with all rows.
+        sweep: that made them.
+        model: whose weights they are of.
+        attributes: of the file, besides what every sweep says.
+    """
+    factors, counts = recorder.factors(), recorder.counts()
+    agreement, digest = sweep.agreement(recorder, factors), weights_hash(model)
+    recorder.finish(
+        factors,
+        attributes={
+            "rows": "final",
+            "weights_hash_start": digest,
+            "weights_hash_end": digest,
+            "fisher": "empirical",
+            "staleness_spearman": agreement.staleness,
+            "staleness_note": agreement.note,
+            "codec_spearman": agreement.codec,
+            **attributes,
+        },
+        documents={
+            "coverage": sweep.tracking.coverage.to_builtins(),
+            "loss": recorder.loss,
+            "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+        },
+    )
+    return agreement, counts

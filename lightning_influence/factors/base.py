@@ -47,7 +47,7 @@ class SumMetric(Metric):
         for own, tensor in zip(self.sums, saved or (), strict=False):
             if own.shape != tensor.shape:
                 raise ValueError(
-                    f"Sums must have shape {tuple(own.shape)}, got {tuple(tensor.shape)}: they are of another layer."
+                    f"Sums must have shape {tuple(own.shape)}, got {tuple(tensor.shape)}: of another layer."
                 )
             own += tensor.to(own.device)
 

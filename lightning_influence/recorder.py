@@ -105,6 +105,11 @@ class Recorder:
             self._flush()
 
     @property
+    def examples(self) -> int:
+        """How many different ones this process has seen."""
+        return int(self._seen.sum())
+
+    @property
     def needs_layout(self) -> bool:
         """Whether it is still to be chosen, by the first examples of all processes, what rows keep."""
         return not self._rows.records and self._spool is None

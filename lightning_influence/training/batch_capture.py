@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.errors import LayerError, UnsupportedTrainingError
+from lightning_influence.errors import LayerError, RowIndexError, UnsupportedTrainingError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import UseShape
 from lightning_influence.processes import Processes
@@ -91,6 +91,7 @@ class BatchCapture:
         self._options, self._processes, self._wanted = options, processes, wanted
         self.first_batch: Any = None
         self.size = 0
+        self._loaders = 1
         self._is_armed = False
         self._rows: np.ndarray | None = None
         self._forget()
@@ -101,16 +102,17 @@ class BatchCapture:
         self.tracking = LayerTracking(self.model, self._options.layers, self._options.loss)
         self._is_settled = False
 
-    def start(self, batch: Any, rows: np.ndarray) -> None:
+    def start(self, batch: Any, rows: np.ndarray, *, loaders: int = 1) -> None:
         """Arm the hooks, before `training_step`.
 
         Args:
             batch: as `training_step` gets it.
             rows: dataset indices, int64 [n]; `NO_ROW` where a row is of no example.
+            loaders: number of dataloaders whose parts the batch is made of.
         """
         self.disarm()
         self._forget()
-        self._rows, self.size = rows, len(rows)
+        self._rows, self.size, self._loaders = rows, len(rows), loaders
         self._learning_rate = learning_rate(self.trainer)
         self._factor = backpropagated_factor(self.trainer, self.model)
         self._step_index = self.trainer.global_step
@@ -220,7 +222,15 @@ class BatchCapture:
         self._parts.append(part)
 
     def _settle(self) -> None:
-        self.tracking.settle(self.trainer, self.first_batch, self.size, self._shapes)
+        try:
+            self.tracking.settle(self.trainer, self.first_batch, self.size, self._shapes)
+        except RowIndexError as error:
+            if self._loaders == 1:
+                raise
+            raise RowIndexError(
+                f"{error} The batch has parts from {self._loaders} dataloaders: put them together "
+                "(`torch.cat`) before the model, or join the datasets with `torch.utils.data.ConcatDataset`."
+            ) from error
         self._is_settled = True
 
     def _joined(self) -> StepGradients:

@@ -25,25 +25,52 @@ def resume_path(path: Path, store_id: str, processes: Processes) -> Path:
     return path.with_name(f"{path.name}.{store_id[:8]}.resume{processes.rank}")
 
 
-def save_state(target: Path, state: Mapping[str, Any], *, epoch: int, step: int, processes: Processes) -> None:
-    """Replace what is kept, in one step.
+class Resumption:
+    """What is kept for a run that is resumed, and what this run has of the one that it resumes.
 
-    Args:
-        target: of `resume_path`.
-        state: plain values and tensors.
-        epoch: that is running.
-        step: optimizer steps taken.
-        processes: that train together.
+    Attributes:
+        is_wanted: whether this run was started from a checkpoint of a run with capture.
+        state: what that run has kept; None if there is nothing.
+        step: of the checkpoint, if it was saved within the epoch that is running.
+        is_saved: whether the unfinished file is needed by a run that resumes this one.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.new")
-    facts = {"version": VERSION, "epoch": epoch, "step": step, "processes": processes.size}
-    torch.save({**facts, **state}, unfinished)
-    os.replace(unfinished, target)
+
+    def __init__(self) -> None:
+        self.is_wanted = False
+        self.state: dict[str, Any] | None = None
+        self.step: int | None = None
+        self.is_saved = False
+
+    def load(self, target: Path, *, step: int, processes: Processes) -> None:
+        """Read what the other run has kept for the checkpoint of this step, all processes together."""
+        with processes.together():
+            self.state = _load(target, step, processes)
+        if not all(processes.gather(self.state is not None)):  # each has its own part
+            self.state = None
+
+    def take_capture(self) -> dict[str, Any] | None:
+        """What was kept of the epoch's rows, once."""
+        state, self.state = self.state, None
+        return None if state is None else state["capture"]
+
+    def save(self, target: Path, state: Mapping[str, Any], *, step: int, processes: Processes) -> None:
+        """Replace what is kept, in one step.
+
+        Args:
+            target: of `resume_path`.
+            state: plain values and tensors.
+            step: optimizer steps taken.
+            processes: that train together.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f"{target.name}.new")
+        facts = {"version": VERSION, "step": step, "processes": processes.size}
+        torch.save({**facts, **state}, unfinished)
+        os.replace(unfinished, target)
+        self.is_saved = state["capture"] is not None
 
 
-def load_state(target: Path, *, step: int, processes: Processes) -> dict[str, Any] | None:
-    """What was kept at the checkpoint of this step; None, with a warning, if it is not there or of another."""
+def _load(target: Path, step: int, processes: Processes) -> dict[str, Any] | None:
     try:
         state = torch.load(target, map_location="cpu", weights_only=True)
     except FileNotFoundError:

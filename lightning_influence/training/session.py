@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.errors import StoreError, UnsupportedTrainingError
-from lightning_influence.layer_plan import LayerPlan, plan_layers
+from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.store import StoreReader, StoreWriter
@@ -28,7 +27,8 @@ from lightning_influence.training.final_rows import FinalRows
 from lightning_influence.training.indices import IndexRecorder
 from lightning_influence.training.mixing import check_mixing
 from lightning_influence.training.options import CaptureOptions
-from lightning_influence.training.resume import load_state, resume_path, save_state
+from lightning_influence.training.planning import agree_on_plans
+from lightning_influence.training.resume import Resumption, resume_path
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.surroundings import check_supported, processes_of
@@ -71,10 +71,7 @@ class CaptureSession:
         self._normalizations: list[str] | None = None
         self._skips_rest = False
         self._is_unmixed = False  # whether a captured epoch's batch was looked at for rows of several examples
-        self._is_resumed = False  # from a checkpoint of a run with capture
-        self._resumed_state: dict[str, Any] | None = None
-        self._resumed_step: int | None = None  # where, if within an epoch, until its capture has begun
-        self._is_state_kept = False  # whether the unfinished file is for a resumed run
+        self._resumption = Resumption()
         self._failure: Exception | None = None
         self._random = random.Random(0)  # an own generator
 
@@ -109,21 +106,21 @@ class CaptureSession:
 
     def resume(self, store_id: str) -> None:
         """Go on with the file of the run that the checkpoint is of, before training starts."""
-        self.store_id, self._is_resumed = store_id, True
+        self.store_id, self._resumption.is_wanted = store_id, True
 
     def start_training(self) -> None:
         """When the number of batches is known."""
         self._schedule = CaptureSchedule(self.trainer, self.options.epochs, self.options.rows)
-        if self._is_resumed:
-            step = self.trainer.global_step
-            with self.processes.together():
-                self._resumed_state = load_state(self._resume_path, step=step, processes=self.processes)
-            known = self.processes.gather(self._resumed_state is not None)
-            if not all(known):  # each has its own part
-                self._resumed_state = None
+        if self._resumption.is_wanted:
+            self._resumption.load(self._resume_path, step=self.trainer.global_step, processes=self.processes)
 
     def start_epoch(self) -> None:
         """Decide what this epoch is for."""
+        self._begin_epoch()
+        self._resumption.step = None
+        self._indices.start_epoch()
+
+    def _begin_epoch(self) -> None:
         self._epoch = self.trainer.current_epoch
         if self._schedule is not None:
             self._schedule.start_epoch(self.trainer)
@@ -131,15 +128,14 @@ class CaptureSession:
             self._final_rows.start_epoch()
         self._skips_rest = False
         self._bases.start_epoch()
-        self._indices.start_epoch()
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
         if self._skips_rest:  # nearly all batches of a run: cost nothing
             return
         if self._epoch is None:  # Lightning announces no epoch that it resumes in its middle
-            self.start_epoch()
-            self._resumed_step = self.trainer.global_step
+            self._begin_epoch()
+            self._resumption.step = self.trainer.global_step
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._track()
         if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():
@@ -149,7 +145,8 @@ class CaptureSession:
             return
         if self._failure is not None:
             return
-        rows = self._indices.next_batch(batch, batch_idx).indices
+        found = self._indices.next_batch(batch, batch_idx)
+        rows = found.indices
         if self._final_rows is not None:
             self._final_rows.see(rows)
         if self._records_rows():
@@ -158,7 +155,7 @@ class CaptureSession:
                 if not self._is_unmixed:
                     self._batches.first_batch = copied(batch)
             self._capture.see(batch, rows, batch_idx)
-        self._batches.start(batch, rows)
+        self._batches.start(batch, rows, loaders=len(found.parts))
 
     def before_backward(self, loss: Tensor) -> None:
         """Open the hooks; prepare the check against `.grad`."""
@@ -187,7 +184,9 @@ class CaptureSession:
         is_new = not self._plans
         if is_new:
             self._make_plans(batch)
-            self._load_bases()
+            if self._plans and self._resumption.state is not None:
+                with together():
+                    self._bases.load(self._resumption.state["bases"], self._plans)
         self._prepare_recorder()
         with together():
             self._take_in(batch, is_new)
@@ -268,42 +267,31 @@ class CaptureSession:
 
     def _make_plans(self, batch: CapturedBatch | None) -> None:
         """From the first batch: how layers are stored, the same in all processes."""
-        processes, tracking = self.processes, self._batches.tracking
-        with processes.together():
-            if self._indices.num_examples is None:
+        tracking, examples = self._batches.tracking, self._indices.num_examples
+        with self.processes.together():
+            if examples is None:
                 raise UnsupportedTrainingError(
                     "The training dataset has no length, so its rows have no place; give it a `__len__`, or pass "
                     "`num_examples=`."
                 )
-            own = plan_layers(tracking.layers, batch.step.gradients, self.options.codec) if batch else None
-        known = [plans for plans in processes.gather(own) if plans is not None]
-        if not known:
+        self._plans = agree_on_plans(batch, tracking, self.options.codec, self.processes)
+        if not self._plans:
             return
-        with processes.together():
-            self._plans = _common_plans(known)
-            if not processes.is_alone:
-                tracking.agree(self._plans)
+        with self.processes.together():
             if batch is not None:
                 report.warn_of_weights(batch.step.scale.factor)
             if not self._records_rows():
                 self._look_for_mixing(is_captured=False)
             assert self._schedule is not None
+            assert examples is not None
             report.announce(
                 self.options.path,
                 self._plans,
                 tracking.coverage,
                 when=self._schedule.describe(),
                 bytes_per_example=self.options.bytes_per_example,
-                num_examples=self._indices.num_examples,
+                num_examples=examples,
             )
-
-    def _load_bases(self) -> None:
-        """Once it is known how layers are stored: what the resumed run had for their bases."""
-        state = self._resumed_state
-        if state is None or not self._plans:
-            return
-        with self.processes.together():
-            self._bases.load(state["bases"], self._plans)
 
     def _prepare_recorder(self) -> None:
         """Before the first batch of a captured epoch is recorded."""
@@ -315,10 +303,8 @@ class CaptureSession:
                 self._look_for_mixing(is_captured=True)
                 self._is_unmixed = True
             capture.recorder = self._make_recorder()
-        if self._resumed_step is not None:
-            state, self._resumed_state = self._resumed_state, None
-            capture.resume(state["capture"] if state else None, self._resumed_step)
-            self._resumed_step = None
+        if self._resumption.step is not None:
+            capture.resume(self._resumption.take_capture(), self._resumption.step)
 
     def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""
@@ -367,8 +353,11 @@ class CaptureSession:
         """After an epoch's last batch: the file, and bases for the next."""
         capture, processes = self._capture, self.processes
         if capture is not None and capture.recorder is not None:
+            if not processes.total(capture.recorder.examples)[0]:  # an epoch without backwards
+                self._drop_capture()
+                return
             self._agreement = capture.finish(self.path, self._batches.tracking)
-            self.finished_epoch, self._capture, self._is_state_kept = capture.epoch, None, False
+            self.finished_epoch, self._capture, self._resumption.is_saved = capture.epoch, None, False
             with processes.together():
                 made = capture.next_bases() if processes.is_first else {}
             self._bases.share(made, processes)
@@ -381,14 +370,12 @@ class CaptureSession:
         if not is_wanted or self._failure is not None or not self._plans:
             return
         capture = None if self._capture is None else self._capture.state()
-        save_state(
+        self._resumption.save(
             self._resume_path,
             {"bases": self._bases.state(), "capture": capture},
-            epoch=self._epoch or 0,
             step=self.trainer.global_step,
             processes=self.processes,
         )
-        self._is_state_kept = capture is not None
 
     @property
     def _resume_path(self) -> Path:
@@ -399,24 +386,14 @@ class CaptureSession:
         if self.finished_epoch is not None:
             return True
         try:
-            return self._is_resumed and StoreReader(self.path).store_id == self.store_id
+            return self._resumption.is_wanted and StoreReader(self.path).store_id == self.store_id
         except StoreError:
             return False
 
     def _drop_capture(self) -> None:
         if self._capture is not None:
-            if self._is_state_kept:
+            if self._resumption.is_saved:
                 self._capture.suspend()
             else:
                 self._capture.discard()
             self._capture = None
-
-
-def _common_plans(plans: Sequence[Mapping[str, LayerPlan]]) -> dict[str, LayerPlan]:
-    """The layers that all processes can capture, with room for the longest example that any has seen."""
-    first, *others = plans
-    return {
-        name: replace(plan, positions=max([plan.positions, *(other[name].positions for other in others)]))
-        for name, plan in first.items()
-        if all(name in other for other in others)
-    }

@@ -231,14 +231,17 @@ class InfluenceModule(LightningModule):
             f"layers: {layers}",
             str(self.coverage),
         ]
-        if "epoch" in facts:  # written by the callback
+        if facts.get("rows") == "final":
+            lines.insert(1, "captured in eval mode, at the weights after training")
+        elif "epoch" in facts:
+            resumed = ", which was resumed in its middle" if facts.get("is_resumed") else ""
             lines[1:1] = [
-                f"captured in epoch {facts['epoch']}, optimizer steps {facts['step_start']} to "
+                f"captured in epoch {facts['epoch']}{resumed}, optimizer steps {facts['step_start']} to "
                 f"{facts['step_end']}, {facts['fisher']} Fisher",
                 f"staleness: {_staleness_text(facts)}",
             ]
-        elif facts.get("rows") == "final":  # by `capture`
-            lines.insert(1, "captured in eval mode, at the weights after training")
+        if len(self.store.segments) > 1:
+            lines.insert(1, f"this is epoch {self.store.number} of {', '.join(map(str, self.store.segments))}")
         return "\n".join(lines)
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:

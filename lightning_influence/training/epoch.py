@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
 from lightning_influence.training.batch_capture import CapturedBatch
+from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.staleness import Agreement, StalenessProbe
@@ -103,8 +104,14 @@ class EpochCapture:
         if self.recorder is not None:
             self.recorder.suspend()
 
-    def finish(self, path: Path, tracking: LayerTracking) -> Agreement:
-        """Factors, staleness, file, log; how rows agree with the final weights' is known to the first process."""
+    def finish(self, path: Path, tracking: LayerTracking, datasets: Sequence[DatasetRange]) -> Agreement:
+        """Factors, staleness, file, log; how rows agree with the final weights' is known to the first process.
+
+        Args:
+            path: of the file.
+            tracking: of the layers.
+            datasets: of which the rows are, one after the other.
+        """
         recorder, trainer, model = self.recorder, self._trainer, self._model
         assert recorder is not None
         began = time.monotonic()
@@ -116,7 +123,12 @@ class EpochCapture:
                 agreement = self._staleness.measure(
                     trainer, model, tracking.layers, self._options.loss, recorder, layers
                 )
-                documents = self._documents(tracking, recorder)
+                documents = {
+                    "coverage": tracking.coverage.to_builtins(),
+                    "loss": recorder.loss,
+                    "datasets": [dataset._asdict() for dataset in datasets],
+                    "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+                }
                 self._attributes |= self._final_attributes(agreement)
         recorder.finish(layers, attributes=self._attributes, documents=documents)
         if self._processes.is_first:
@@ -157,11 +169,4 @@ class EpochCapture:
             "staleness_spearman": agreement.staleness,
             "staleness_note": agreement.note,
             "codec_spearman": agreement.codec,
-        }
-
-    def _documents(self, tracking: LayerTracking, recorder: Recorder) -> dict[str, object]:
-        return {
-            "coverage": tracking.coverage.to_builtins(),
-            "loss": recorder.loss,
-            "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
         }

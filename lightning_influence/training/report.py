@@ -103,7 +103,10 @@ def warn_of_losses(agreement: Agreement, codecs: Collection[str], normalizations
             f"gradients, below {COARSE_BELOW}). What helps: {'; '.join(advice) or 'a finer codec'}."
         )
     if agreement.staleness < STALE_BELOW:
-        cause = "Let the learning rate decay towards zero in the final epoch."
+        cause = (
+            'Let the learning rate decay towards zero in the final epoch, or pass `rows="final"`, which captures '
+            "the rows by one pass over the data after training."
+        )
         if normalizations:
             cause += (
                 f" Part of it is that {normalizations[0]} and its like normalize over the batch in training and "

@@ -356,7 +356,7 @@ class CaptureSession:
             if not processes.total(capture.recorder.examples)[0]:  # an epoch without backwards
                 self._drop_capture()
                 return
-            self._agreement = capture.finish(self.path, self._batches.tracking)
+            self._agreement = capture.finish(self.path, self._batches.tracking, self._indices.datasets)
             self.finished_epoch, self._capture, self._resumption.is_saved = capture.epoch, None, False
             with processes.together():
                 made = capture.next_bases() if processes.is_first else {}

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +31,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,6 +46,7 @@ from lightning_influence.errors import (
     UnsupportedTrainingError,
 )
 from lightning_influence.store import StoreReader
+from lightning_influence.training.surroundings import check_supported
 from tests.integration.lifecycle_models import (
     BATCH,
     CLASSES,
@@ -372,17 +375,17 @@ def test_training_completes_on_a_full_disk_with_one_warning_and_no_file(tmp_path
     assert weights == [parameter.tolist() for parameter in alone.parameters()]
 
 
-@pytest.mark.ddp
-def test_several_processes_are_refused_in_setup(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path,
-        InfluenceCallback(tmp_path / "influence.h5", on_error="raise"),
-        strategy="ddp_fork",
-        devices=2,
-        max_epochs=1,
-    )
-    with pytest.raises(Exception, match=r"UnsupportedTrainingError: Capture supports one process.*devices=1"):
-        trainer.fit(Classifier(), loader())
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_splits_the_model_is_refused_with_a_reason(strategy: type) -> None:
+    trainer = SimpleNamespace(strategy=strategy.__new__(strategy), num_nodes=1)
+    with pytest.raises(UnsupportedTrainingError, match=rf"{strategy.__name__}.*whole weights.*strategy=\"ddp\""):
+        check_supported(trainer)  # type: ignore[arg-type]
+
+
+def test_several_machines_are_refused_with_a_reason(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(strategy=make_trainer(tmp_path).strategy, num_nodes=2)
+    with pytest.raises(UnsupportedTrainingError, match=r"one machine.*num_nodes=2.*shared memory"):
+        check_supported(trainer)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -734,11 +737,12 @@ def test_a_run_resumed_between_epochs_has_a_file(tmp_path: Path, codec: str) -> 
 
 @pytest.mark.filterwarnings("ignore:.*[Bb]e aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")
-def test_a_run_resumed_within_its_final_epoch_has_no_file_and_says_so(tmp_path: Path) -> None:
+def test_a_run_resumed_within_its_final_epoch_says_what_is_missing(tmp_path: Path) -> None:
     every_step = ModelCheckpoint(every_n_train_steps=1)
-    with pytest.warns(UserWarning, match="second.h5 was not written"):
+    with pytest.warns(UserWarning, match="resumed within epoch 0.* of 10 examples are missing from .*second.h5"):
         path = resumed(tmp_path, every_step, {"max_epochs": 1, "max_steps": 2}, {"max_epochs": 1})
-    assert not path.exists()
+    assert StoreReader(path).attributes["is_resumed"] is True
+    assert 0 < sum(written(path)) <= BATCH
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -835,8 +839,8 @@ def test_the_log_says_at_the_end_what_there_is(tmp_path: Path, lines: Callable[[
     path = tmp_path / "influence.h5"
     fit(tmp_path, Classifier(0.0), loader(drop_last=True), InfluenceCallback(path))
     size = f"{path.stat().st_size / 1e6:.1f} MB"
-    end = f"InfluenceCallback: epoch 1 is in {path}: 8 rows, 2 missing, 0 invalid, {size}, staleness 1.000"
-    assert end in lines()
+    end = f"InfluenceCallback: epoch 1 is in {path}: 8 rows, 2 missing, 0 invalid (80.0% of the dataset), "
+    assert any(line.startswith(end) and line.endswith(f"{size}, staleness 1.000") for line in lines())
 
 
 def test_the_counts_and_the_staleness_are_logged_as_metrics(tmp_path: Path) -> None:
@@ -849,7 +853,9 @@ def test_the_counts_and_the_staleness_are_logged_as_metrics(tmp_path: Path) -> N
     size = os.path.getsize(tmp_path / "influence.h5") / 1e6
     assert found.pop("staleness_spearman") == pytest.approx(1, abs=1e-6)
     assert found.pop("codec_spearman") == pytest.approx(1, abs=1e-2)  # int8
-    assert found == {"rows_written": 8, "rows_missing": 2, "rows_invalid": 0, "file_megabytes": size}
+    assert 0 < found.pop("finish_seconds") < 60
+    counts = {"rows_written": 8, "rows_missing": 2, "rows_invalid": 0, "coverage_percent": 80}
+    assert found == {**counts, "file_megabytes": size}
     assert row["step"] == "4"
 
 

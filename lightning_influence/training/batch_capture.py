@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_influence.errors import LayerError, RowIndexError, UnsupportedTrainingError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import UseShape
-from lightning_influence.processes import Processes
+from lightning_influence.processes import ALONE
 from lightning_influence.step import StepGradients
 from lightning_influence.training.asking import copied
 from lightning_influence.training.indices import NO_ROW
@@ -70,10 +70,10 @@ class BatchCapture:
         trainer: of the fit.
         model: in training.
         options: what the user asked for.
-        processes: that train together.
         wanted: what is wanted of the batch that was started.
 
     Attributes:
+        processes: that train together.
         tracking: the layers.
         first_batch: a copy of the first batch, for whoever wants to ask about it.
         size: number of rows of the batch that was started.
@@ -84,11 +84,11 @@ class BatchCapture:
         trainer: Trainer,
         model: LightningModule,
         options: CaptureOptions,
-        processes: Processes,
         wanted: Callable[[], Wanted],
     ) -> None:
         self.trainer, self.model = trainer, model
-        self._options, self._processes, self._wanted = options, processes, wanted
+        self._options, self._wanted = options, wanted
+        self.processes = ALONE
         self.first_batch: Any = None
         self.size = 0
         self._loaders = 1
@@ -144,7 +144,7 @@ class BatchCapture:
         with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
             if self._backwards == 1 or self._has_several_optimizers:
                 self.tracking.look(self._loss, is_averaged=self._is_averaged)
-                if self._processes.is_alone:
+                if self.processes.is_alone:
                     self.tracking.judge()
             if is_over or self._has_several_optimizers:
                 self._collect()

@@ -56,6 +56,7 @@ class CaptureSession:
         self.options, self.trainer, self.model, self.store_id = options, trainer, model, store_id
         self.finished_epoch: int | None = None
         self.processes: Processes = ALONE
+        self._batches = BatchCapture(trainer, model, options, self._wanted)
         self._path = options.path.absolute()  # whatever the working directory becomes
         self._scratch: str | None = None
         self._indices = IndexRecorder(
@@ -96,7 +97,7 @@ class CaptureSession:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._scratch = self.processes.from_first(tempfile.mkdtemp() if self.processes.is_first else None)
         self.store_id = self.processes.from_first(self.store_id)
-        self._batches = BatchCapture(self.trainer, self.model, self.options, self.processes, self._wanted)
+        self._batches.processes = self.processes
         self._final_rows = (
             FinalRows(self.trainer, self.model, self.options) if self.options.rows == "final" else None
         )
@@ -225,14 +226,13 @@ class CaptureSession:
         """Whether the other processes have still to be told; then this one goes on until they are."""
         if self.processes.is_alone or self.processes.is_over:
             return False
-        self._failure = error
+        self._failure = self._failure or error
         self._batches.disarm()
         return True
 
     def close(self) -> None:
         """Leave nothing behind but finished files; may be called at any time and more than once."""
-        if hasattr(self, "_batches"):
-            self._batches.close()
+        self._batches.close()
         self._indices.uninstall()
         self._drop_capture()
         if self._scratch and self.processes.is_first:

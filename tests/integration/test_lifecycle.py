@@ -990,7 +990,7 @@ def test_a_layer_that_is_frozen_before_the_captured_epoch_is_not_in_the_file(tmp
 CONFIG = """
 trainer:
   accelerator: cpu
-  max_epochs: 1
+  max_epochs: 2
   logger: false
   enable_checkpointing: false
   enable_progress_bar: false
@@ -1015,9 +1015,23 @@ def test_the_command_line_trains_and_writes_the_file(tmp_path: Path) -> None:
     assert written(path) == [True] * N
 
 
+@pytest.mark.parametrize("epochs", ["every", "2", "[0, 1]"])
+def test_the_command_line_takes_epochs(tmp_path: Path, epochs: str) -> None:
+    path = tmp_path / "influence.h5"
+    run_cli(tmp_path, path=path, epochs=epochs, on_error="raise")
+    assert StoreReader(path).segments == ((1,) if epochs == "2" else (0, 1))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("codecs", "pairs"), ("codec", "zip"), ("bytes_per_example", "many"), ("layers", "a.b")],
+    [
+        ("codecs", "pairs"),
+        ("codec", "zip"),
+        ("bytes_per_example", "many"),
+        ("layers", "a.b"),
+        ("epochs", "evry"),
+        ("rows", "finl"),
+    ],
 )
 def test_the_command_line_rejects_what_the_callback_does_not_take(
     tmp_path: Path, capsys: pytest.CaptureFixture, name: str, value: str

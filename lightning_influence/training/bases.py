@@ -29,6 +29,11 @@ class BasisPreparation:
         self._positions = positions
         self._covariances: dict[str, KroneckerCovariance] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that a resumed run would need."""
+        return not self.bases and not self._covariances
+
     def start_epoch(self) -> None:
         """Sum up anew; the bases stay."""
         self._covariances = {}

@@ -83,19 +83,19 @@ class EpochCapture:
         recorded = None if self.recorder is None else self.recorder.state()
         if recorded is None:
             return None
-        return {"recorder": recorded, "attributes": dict(self._attributes), "batches": self._batches}
+        return {
+            "recorder": recorded,
+            "attributes": dict(self._attributes),
+            "batches": self._batches,
+            "step": self._trainer.global_step,
+        }
 
-    def resume(self, state: Mapping[str, Any] | None, step: int) -> None:
-        """Go on in an epoch that an earlier run had begun, with its rows if there are any.
-
-        Args:
-            state: of that run; None if there is none.
-            step: of the checkpoint.
-        """
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Go on in an epoch that an earlier run had begun, with its rows up to its state if there is one."""
         self._is_resumed = True
         if state is not None:
             assert self.recorder is not None
-            self.recorder.resume(state["recorder"], step=step, device=self._model.device)
+            self.recorder.resume(state["recorder"], step=state["step"], device=self._model.device)
             self._attributes |= state["attributes"]
             self._batches += state["batches"]
 

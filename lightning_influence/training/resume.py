@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_influence.errors import StoreError
 from lightning_influence.processes import Processes
+from lightning_influence.store import StoreReader
 
 VERSION = 1
 
@@ -25,21 +27,29 @@ def resume_path(path: Path, store_id: str, processes: Processes) -> Path:
     return path.with_name(f"{path.name}.{store_id[:8]}.resume{processes.rank}")
 
 
+def is_file_of(path: Path, store_id: str) -> bool:
+    """Whether there is a finished file of this run."""
+    try:
+        return StoreReader(path).store_id == store_id
+    except StoreError:
+        return False
+
+
 class Resumption:
     """What is kept for a run that is resumed, and what this run has of the one that it resumes.
 
     Attributes:
         is_wanted: whether this run was started from a checkpoint of a run with capture.
         state: what that run has kept; None if there is nothing.
-        step: of the checkpoint, if it was saved within the epoch that is running.
-        is_saved: whether the unfinished file is needed by a run that resumes this one.
+        is_within_epoch: whether this run goes on in the middle of an epoch, until its capture has begun.
+        capture: what this run has saved of an epoch whose unfinished file a resumed run will need.
     """
 
     def __init__(self) -> None:
         self.is_wanted = False
         self.state: dict[str, Any] | None = None
-        self.step: int | None = None
-        self.is_saved = False
+        self.is_within_epoch = False
+        self.capture: dict[str, Any] | None = None
 
     def load(self, target: Path, *, step: int, processes: Processes) -> None:
         """Read what the other run has kept for the checkpoint of this step, all processes together."""
@@ -53,21 +63,30 @@ class Resumption:
         state, self.state = self.state, None
         return None if state is None else state["capture"]
 
-    def save(self, target: Path, state: Mapping[str, Any], *, step: int, processes: Processes) -> None:
+    def save(
+        self,
+        target: Path,
+        bases: Mapping[str, Any],
+        capture: dict[str, Any] | None,
+        *,
+        step: int,
+        processes: Processes,
+    ) -> None:
         """Replace what is kept, in one step.
 
         Args:
             target: of `resume_path`.
-            state: plain values and tensors.
+            bases: state of the bases.
+            capture: state of the epoch's capture; None keeps what was saved of it before.
             step: optimizer steps taken.
             processes: that train together.
         """
+        self.capture = capture or self.capture
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f"{target.name}.new")
-        facts = {"version": VERSION, "step": step, "processes": processes.size}
-        torch.save({**facts, **state}, unfinished)
+        state = {"version": VERSION, "step": step, "processes": processes.size}
+        torch.save({**state, "bases": bases, "capture": self.capture}, unfinished)
         os.replace(unfinished, target)
-        self.is_saved = state["capture"] is not None
 
 
 def _load(target: Path, step: int, processes: Processes) -> dict[str, Any] | None:

@@ -13,11 +13,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.errors import StoreError, UnsupportedTrainingError
+from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
-from lightning_influence.store import StoreReader, StoreWriter
+from lightning_influence.store import StoreWriter
 from lightning_influence.training import report
 from lightning_influence.training.asking import copied
 from lightning_influence.training.bases import BasisPreparation
@@ -28,7 +28,7 @@ from lightning_influence.training.indices import IndexRecorder
 from lightning_influence.training.mixing import check_mixing
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.planning import agree_on_plans
-from lightning_influence.training.resume import Resumption, resume_path
+from lightning_influence.training.resume import Resumption, is_file_of, resume_path
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.surroundings import check_supported, processes_of
@@ -67,10 +67,13 @@ class CaptureSession:
         self._final_rows: FinalRows | None = None
         self._schedule: CaptureSchedule | None = None
         self._epoch: int | None = None
+        self._records_rows = self._is_for_bases = self._watches_rows = False  # what the epoch is for
         self._capture: EpochCapture | None = None
         self._agreement = Agreement()
         self._normalizations: list[str] | None = None
         self._skips_rest = False
+        self._is_epoch_whole = False  # whether the epoch has reached its last batch
+        self._is_over = False
         self._is_unmixed = False  # whether a captured epoch's batch was looked at for rows of several examples
         self._resumption = Resumption()
         self._failure: Exception | None = None
@@ -118,16 +121,19 @@ class CaptureSession:
     def start_epoch(self) -> None:
         """Decide what this epoch is for."""
         self._begin_epoch()
-        self._resumption.step = None
+        self._resumption.is_within_epoch = False
         self._indices.start_epoch()
 
     def _begin_epoch(self) -> None:
         self._epoch = self.trainer.current_epoch
         if self._schedule is not None:
             self._schedule.start_epoch(self.trainer)
+            self._records_rows = self._schedule.records_rows(self._epoch)
+            self._is_for_bases = self._schedule.prepares_bases(self._epoch)
+            self._watches_rows = self._final_rows is not None and self._schedule.wants(self._epoch)
         if self._final_rows is not None:
             self._final_rows.start_epoch()
-        self._skips_rest = False
+        self._skips_rest = self._is_epoch_whole = False
         self._bases.start_epoch()
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
@@ -136,11 +142,11 @@ class CaptureSession:
             return
         if self._epoch is None:  # Lightning announces no epoch that it resumes in its middle
             self._begin_epoch()
-            self._resumption.step = self.trainer.global_step
+            self._resumption.is_within_epoch = True
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._track()
         if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():
-            self._skips_rest = True
+            self._skips_rest = self._is_epoch_whole = True
             self._batches.disarm()
             self._indices.skip_rest()
             return
@@ -150,7 +156,9 @@ class CaptureSession:
         rows = found.indices
         if self._final_rows is not None:
             self._final_rows.see(rows)
-        if self._records_rows():
+            if self._plans and self._batches.tracking.is_verified and not self._prepares_bases:
+                return
+        if self._records_rows:
             if self._capture is None:
                 self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes)
                 if not self._is_unmixed:
@@ -162,7 +170,7 @@ class CaptureSession:
         """Open the hooks; prepare the check against `.grad`."""
         if self._skips_rest or self._failure is not None:
             return
-        is_first = self._records_rows() and (self._capture is None or self._capture.recorder is None)
+        is_first = self._records_rows and (self._capture is None or self._capture.recorder is None)
         is_checked = not self._batches.tracking.is_verified or is_first or self._random.random() < CHECKED_SHARE
         self._batches.before_backward(loss, is_checked=is_checked)
 
@@ -193,6 +201,7 @@ class CaptureSession:
             self._take_in(batch, is_new)
         if self._capture is not None:
             self._capture.lay_out_if_ready(is_last)
+        self._is_epoch_whole = is_last
         if is_last and self._plans:
             self._end_batches()
 
@@ -202,7 +211,7 @@ class CaptureSession:
             report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch)
             self._drop_capture()
         self._batches.disarm()
-        self._epoch = None
+        self._epoch, self._records_rows, self._is_for_bases, self._watches_rows = None, False, False, False
 
     def end_training(self) -> None:
         """Capture rows that are wanted at the final weights; say so if there is no file, or its rows are old."""
@@ -218,7 +227,9 @@ class CaptureSession:
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             report.warn_of_no_file(self.options.path, wanted)
-        self._resume_path.unlink(missing_ok=True)
+        if self._is_epoch_whole:
+            self._resume_path.unlink(missing_ok=True)
+        self._is_over = True
         codecs = {plan.codec for plan in self._plans.values()}
         report.warn_of_losses(self._agreement, codecs, self._normalizations or ())
 
@@ -243,27 +254,19 @@ class CaptureSession:
         self._batches.track()
         self._plans, self._bases = {}, BasisPreparation(self.options.covariance_positions)
 
-    def _records_rows(self) -> bool:
-        return self._epoch is not None and self._schedule is not None and self._schedule.records_rows(self._epoch)
-
+    @property
     def _prepares_bases(self) -> bool:
-        needs = any(plan.needs_basis for plan in self._plans.values())
-        return (
-            needs
-            and self._epoch is not None
-            and self._schedule is not None
-            and self._schedule.prepares_bases(self._epoch)
-        )
+        return self._is_for_bases and any(plan.needs_basis for plan in self._plans.values())
 
     def _wants_gradients(self) -> bool:
-        return self._records_rows() or self._prepares_bases() or not self._plans or self._final_rows is not None
+        return self._records_rows or self._prepares_bases or not self._plans or self._watches_rows
 
     def _wanted(self) -> Wanted:
         """Of the batch that is being captured."""
         recorder = self._capture.recorder if self._capture is not None else None
         if recorder is not None:
             return Wanted({name: partial(recorder.reduce, name) for name in recorder.reduced_layers})
-        return self._bases.wanted(self._plans) if self._prepares_bases() else Wanted({})
+        return self._bases.wanted(self._plans) if self._prepares_bases else Wanted({})
 
     def _make_plans(self, batch: CapturedBatch | None) -> None:
         """From the first batch: how layers are stored, the same in all processes."""
@@ -280,7 +283,7 @@ class CaptureSession:
         with self.processes.together():
             if batch is not None:
                 report.warn_of_weights(batch.step.scale.factor)
-            if not self._records_rows():
+            if not self._records_rows:
                 self._look_for_mixing(is_captured=False)
             assert self._schedule is not None
             assert examples is not None
@@ -303,20 +306,20 @@ class CaptureSession:
                 self._look_for_mixing(is_captured=True)
                 self._is_unmixed = True
             capture.recorder = self._make_recorder()
-        if self._resumption.step is not None:
-            capture.resume(self._resumption.take_capture(), self._resumption.step)
+        if self._resumption.is_within_epoch:
+            capture.resume(self._resumption.take_capture())
 
     def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""
         if not self._plans:
             return
-        if self._records_rows():
+        if self._records_rows:
             assert self._capture is not None
             if batch is not None:
                 step = batch.step
                 gradients = {name: step.gradients[name] for name in self._plans}
                 self._capture.add(replace(batch, step=replace(step, gradients=gradients)))
-        elif is_new and batch is not None and self._prepares_bases():
+        elif is_new and batch is not None and self._prepares_bases:
             self._bases.add(batch, self._plans)
 
     def _look_for_mixing(self, *, is_captured: bool) -> None:
@@ -332,14 +335,16 @@ class CaptureSession:
         if self._normalizations is None:  # said once
             self._normalizations = report.normalizations_over_the_batch(self.model)
             report.warn_of_coupling(self._normalizations)
-        keeps = self.options.keeps_segments and self._has_own_file()
+        has_file = self.finished_epoch is not None or (
+            self._resumption.is_wanted and is_file_of(self.path, self.store_id)
+        )
         return Recorder(
             StoreWriter(
                 self.path,
                 num_examples=self._indices.num_examples,
                 store_id=self.store_id,
                 segment=self._epoch,
-                after=self.path if keeps else None,
+                after=self.path if has_file and self.options.keeps_segments else None,
             ),
             self._plans,
             bases=self._bases.bases,
@@ -357,22 +362,24 @@ class CaptureSession:
                 self._drop_capture()
                 return
             self._agreement = capture.finish(self.path, self._batches.tracking, self._indices.datasets)
-            self.finished_epoch, self._capture, self._resumption.is_saved = capture.epoch, None, False
+            self.finished_epoch, self._capture, self._resumption.capture = capture.epoch, None, None
             with processes.together():
                 made = capture.next_bases() if processes.is_first else {}
             self._bases.share(made, processes)
-        elif self._prepares_bases():
+        elif self._prepares_bases:
             self._bases.finish(self._plans, processes)
 
     def save_state(self) -> None:
         """Keep beside the file what a run needs that is resumed from the checkpoint that is being saved."""
-        is_wanted = self._epoch is not None and (self._records_rows() or self._prepares_bases())
-        if not is_wanted or self._failure is not None or not self._plans:
+        if self._is_over or self._failure is not None or not self._plans:
             return
         capture = None if self._capture is None else self._capture.state()
+        if capture is None and self._bases.is_empty and self._resumption.capture is None:
+            return
         self._resumption.save(
             self._resume_path,
-            {"bases": self._bases.state(), "capture": capture},
+            self._bases.state(),
+            capture,
             step=self.trainer.global_step,
             processes=self.processes,
         )
@@ -381,18 +388,9 @@ class CaptureSession:
     def _resume_path(self) -> Path:
         return resume_path(self.path, self.store_id, self.processes)
 
-    def _has_own_file(self) -> bool:
-        """Whether the file at `path` is of this run, or of the one that it resumes."""
-        if self.finished_epoch is not None:
-            return True
-        try:
-            return self._resumption.is_wanted and StoreReader(self.path).store_id == self.store_id
-        except StoreError:
-            return False
-
     def _drop_capture(self) -> None:
         if self._capture is not None:
-            if self._resumption.is_saved:
+            if self._resumption.capture is not None:
                 self._capture.suspend()
             else:
                 self._capture.discard()

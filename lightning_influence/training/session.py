@@ -140,9 +140,9 @@ class CaptureSession:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
         if self._skips_rest:  # nearly all batches of a run: cost nothing
             return
-        if self._epoch is None:  # Lightning announces no epoch that it resumes in its middle
+        if self._epoch is None:  # Lightning does not announce an epoch that it resumes
             self._begin_epoch()
-            self._resumption.is_within_epoch = True
+            self._resumption.is_within_epoch = batch_idx > 0
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._track()
         if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():

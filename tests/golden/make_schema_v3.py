@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_influence.curvature import HeuristicDamping
 from lightning_influence.functional.weights import weights_hash
-from lightning_influence.layer_record import plan_layers
+from lightning_influence.layer_plan import plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.recorder import Recorder
@@ -50,8 +50,8 @@ def record(epoch: int, codec: str, after: Path | None) -> None:
     step = captured(net, 18, indices=indices).gradients(19)
     layers, coverage = track_layers(net)
     plans = plan_layers(layers, step.gradients, codec)  # type: ignore[arg-type]
-    recorder = Recorder(path, plans, num_examples=20, store_id="0123456789abcdef", bytes_per_example=16)
-    recorder.writer = StoreWriter(path, num_examples=20, store_id="0123456789abcdef", segment=epoch, after=after)
+    writer = StoreWriter(path, num_examples=20, store_id="0123456789abcdef", segment=epoch, after=after)
+    recorder = Recorder(writer, plans, bytes_per_example=16)
     recorder.update(step, np.array(indices), step_index=epoch, learning_rate=0.1)
     recorder.finish(
         recorder.factors(),

@@ -19,7 +19,7 @@ from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.layers import track_layers
 from lightning_influence.step import StepCapture
 from lightning_influence.training.asking import copied
-from lightning_influence.training.layout import find_batch_dims
+from lightning_influence.training.layout import ask_copy, find_batch_dims
 from lightning_influence.training.mixed_targets import Mixing, find_mixed_targets
 from lightning_influence.training.mixing import check_mixing, find_mixing
 from tests.integration.models import Mlp, PositionsFirst, Task, position_data, token_data, train, vector_data
@@ -51,7 +51,8 @@ class Asks(Callback):
         if not self._is_first:
             return
         batch, n = self._batch, len(self._batch[0])
-        layers, _ = find_batch_dims(trainer, model, self._layers, self._capture.shapes(), batch, n)
+        ask = partial(ask_copy, trainer, model, self._layers)
+        layers, _ = find_batch_dims(self._layers, self._capture.shapes(), batch, n, ask)
         self.found = find_mixing(trainer, model, layers, batch, n)
         self.targets = find_mixed_targets(batch, n)
         if self.checks:

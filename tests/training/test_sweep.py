@@ -33,7 +33,7 @@ from lightning_influence import InfluenceCallback, InfluenceModule, capture
 from lightning_influence.errors import CaptureError, LayerError, RowIndexError, UnsupportedTrainingError
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
-from lightning_influence.store import StoreReader
+from lightning_influence.store import StoreReader, StoreWriter
 from lightning_influence.training.asking import kept_random_states
 from lightning_influence.training.example_batches import ExampleBatches
 from lightning_influence.training.sweep import Sweep
@@ -647,7 +647,9 @@ class SweepAtEnd(Callback):
             if any(plan.needs_basis for plan in sweep.plans.values()):
                 metrics = sweep.covariances(visited, positions=None)
                 bases, visited = {name: metric.eigenbasis() for name, metric in metrics.items()}, iter(batches)
-            recorder = Recorder(self.path, sweep.plans, num_examples=22, store_id="sweep-at-end", bases=bases)
+            recorder = Recorder(
+                StoreWriter(self.path, num_examples=22, store_id="sweep-at-end"), sweep.plans, bases=bases
+            )
             sweep.rows(visited, recorder, step_index=trainer.global_step, learning_rate=0.5)
             recorder.finish(recorder.factors(), attributes={}, documents={})
 

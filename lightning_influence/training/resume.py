@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.errors import StoreError
+from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import Processes
 from lightning_influence.store import StoreReader
 
@@ -58,14 +60,26 @@ class Resumption:
         if not all(processes.gather(self.state is not None)):  # each has its own part
             self.state = None
 
-    def take_capture(self) -> dict[str, Any] | None:
-        """What was kept of the epoch's rows, once."""
+    def fitting(self, plans: Mapping[str, LayerPlan]) -> dict[str, Any] | None:
+        """What that run has kept, if it stored the layers as this one does; otherwise it is forgotten."""
+        if self.state is not None and plans and self.state["plans"] != _described(plans):
+            rank_zero_warn(
+                "InfluenceCallback: layers are stored in another way than in the run that is resumed (`layers`, "
+                "`codec`, or what is trainable), so what it has captured is of no use. Capture begins anew."
+            )
+            self.state = None
+        return self.state if plans else None
+
+    def take_capture(self, *, is_there: bool) -> dict[str, Any] | None:
+        """What was kept of the epoch's rows, once, if the unfinished file is still there."""
         state, self.state = self.state, None
-        return None if state is None else state["capture"]
+        self.capture = state["capture"] if state is not None and is_there else None
+        return self.capture
 
     def save(
         self,
         target: Path,
+        plans: Mapping[str, LayerPlan],
         bases: Mapping[str, Any],
         capture: dict[str, Any] | None,
         *,
@@ -76,6 +90,7 @@ class Resumption:
 
         Args:
             target: of `resume_path`.
+            plans: how layers are stored.
             bases: state of the bases.
             capture: state of the epoch's capture; None keeps what was saved of it before.
             step: optimizer steps taken.
@@ -85,8 +100,16 @@ class Resumption:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f"{target.name}.new")
         state = {"version": VERSION, "step": step, "processes": processes.size}
-        torch.save({**state, "bases": bases, "capture": self.capture}, unfinished)
+        parts = {"plans": _described(plans), "bases": bases, "capture": self.capture}
+        torch.save({**state, **parts}, unfinished)
         os.replace(unfinished, target)
+
+
+def _described(plans: Mapping[str, LayerPlan]) -> dict[str, str]:
+    """What must be the same in both runs; the positions of the first batch matter to pairs only."""
+    return {
+        name: repr(plan if plan.codec == "pairs" else replace(plan, positions=0)) for name, plan in plans.items()
+    }
 
 
 def _load(target: Path, step: int, processes: Processes) -> dict[str, Any] | None:

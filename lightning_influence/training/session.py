@@ -193,9 +193,9 @@ class CaptureSession:
         is_new = not self._plans
         if is_new:
             self._make_plans(batch)
-            if self._plans and self._resumption.state is not None:
-                with together():
-                    self._bases.load(self._resumption.state["bases"], self._plans)
+            with together():
+                if (state := self._resumption.fitting(self._plans)) is not None:
+                    self._bases.load(state["bases"], self._plans)
         self._prepare_recorder()
         with together():
             self._take_in(batch, is_new)
@@ -235,6 +235,7 @@ class CaptureSession:
 
     def fail(self, error: Exception) -> bool:
         """Whether the other processes have still to be told; then this one goes on until they are."""
+        self._resumption.capture = None  # nothing that a resumed run should go on with
         if self.processes.is_alone or self.processes.is_over:
             return False
         self._failure = self._failure or error
@@ -307,7 +308,8 @@ class CaptureSession:
                 self._is_unmixed = True
             capture.recorder = self._make_recorder()
         if self._resumption.is_within_epoch:
-            capture.resume(self._resumption.take_capture())
+            is_there = self.processes.from_first(capture.recorder.writer.partial_path.exists())
+            capture.resume(self._resumption.take_capture(is_there=is_there))
 
     def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""
@@ -378,6 +380,7 @@ class CaptureSession:
             return
         self._resumption.save(
             self._resume_path,
+            self._plans,
             self._bases.state(),
             capture,
             step=self.trainer.global_step,

@@ -122,8 +122,12 @@ class CaptureSession:
             if not all(known):  # each has its own part
                 self._resumed_state = None
 
-    def start_epoch(self) -> None:
-        """Decide what this epoch is for."""
+    def start_epoch(self, batch_idx: int = 0) -> None:
+        """Decide what this epoch is for.
+
+        Args:
+            batch_idx: of its first batch, which is not 0 where training is resumed within it.
+        """
         self._epoch = self.trainer.current_epoch
         if self._schedule is not None:
             self._schedule.start_epoch(self.trainer)
@@ -131,15 +135,16 @@ class CaptureSession:
             self._final_rows.start_epoch()
         self._skips_rest = False
         self._bases.start_epoch()
-        self._indices.start_epoch()
+        self._resumed_step = self.trainer.global_step if batch_idx > 0 else None
+        if batch_idx == 0:
+            self._indices.start_epoch()
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
         if self._skips_rest:  # nearly all batches of a run: cost nothing
             return
         if self._epoch is None:  # Lightning announces no epoch that it resumes in its middle
-            self.start_epoch()
-            self._resumed_step = self.trainer.global_step
+            self.start_epoch(batch_idx)
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._track()
         if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():
@@ -200,9 +205,9 @@ class CaptureSession:
         """An epoch whose last batch was never reached leaves no file."""
         if self._capture is not None:
             report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch)
+            self._is_state_kept = False
             self._drop_capture()
         self._batches.disarm()
-        self._epoch = None
 
     def end_training(self) -> None:
         """Capture rows that are wanted at the final weights; say so if there is no file, or its rows are old."""
@@ -219,11 +224,13 @@ class CaptureSession:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             report.warn_of_no_file(self.options.path, wanted)
         self._resume_path.unlink(missing_ok=True)
+        self._epoch = None
         codecs = {plan.codec for plan in self._plans.values()}
         report.warn_of_losses(self._agreement, codecs, self._normalizations or ())
 
     def fail(self, error: Exception) -> bool:
         """Whether the other processes have still to be told; then this one goes on until they are."""
+        self._is_state_kept = False
         if self.processes.is_alone or self.processes.is_over:
             return False
         self._failure = error
@@ -317,8 +324,11 @@ class CaptureSession:
             capture.recorder = self._make_recorder()
         if self._resumed_step is not None:
             state, self._resumed_state = self._resumed_state, None
-            capture.resume(state["capture"] if state else None, self._resumed_step)
-            self._resumed_step = None
+            kept = state["capture"] if state else None
+            if not capture.recorder.writer.partial_path.exists():
+                kept = None
+            capture.resume(kept, self._resumed_step)
+            self._is_state_kept, self._resumed_step = kept is not None, None
 
     def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""

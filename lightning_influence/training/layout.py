@@ -110,4 +110,29 @@ def _warn_of_doubt(shapes: Shapes, n: int, error: Exception) -> None:
 
 
 def _without_last_example(batch: Any, n: int) -> Any:
+    """A copy with one example fewer; of several loaders' parts, the last that has two is made shorter."""
+    parts = _parts(batch)
+    sizes = {key: _length(part) for key, part in parts.items()}
+    if sum(sizes.values()) != n or n in sizes.values():
+        return _shortened(batch, n)
+    chosen = max(sizes, key=lambda key: (sizes[key] > 1, [*sizes].index(key)))
+    found = {key: _shortened(part, sizes[key] if key == chosen else -1) for key, part in parts.items()}
+    return found if isinstance(batch, Mapping) else [*found.values()]
+
+
+def _shortened(batch: Any, n: int) -> Any:
     return apply_to_collection(batch, Tensor, lambda t: t[:-1].clone() if t.ndim and len(t) == n else t.clone())
+
+
+def _parts(batch: Any) -> dict[Any, Any]:
+    """What may be the batches of several loaders."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return dict(enumerate(batch)) if isinstance(batch, (list, tuple)) else {}
+
+
+def _length(part: Any) -> int:
+    """Number of rows of the first tensor in one loader's batch; 0 if there is none."""
+    lengths: list[int] = []
+    apply_to_collection(part, Tensor, lambda t: lengths.append(len(t) if t.ndim else 0))
+    return lengths[0] if lengths else 0

@@ -7,7 +7,7 @@ reached it while it was trainable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,16 +101,17 @@ class BatchCapture:
         self.tracking = LayerTracking(self.model, self._options.layers, self._options.loss)
         self._is_settled = False
 
-    def start(self, batch: Any, rows: np.ndarray) -> None:
+    def start(self, batch: Any, rows: np.ndarray, parts: Sequence[int]) -> None:
         """Arm the hooks, before `training_step`.
 
         Args:
             batch: as `training_step` gets it.
             rows: dataset indices, int64 [n]; `NO_ROW` where a row is of no example.
+            parts: how many of the rows each loader gave.
         """
         self.disarm()
         self._forget()
-        self._rows, self.size = rows, len(rows)
+        self._rows, self._sizes, self.size = rows, parts, len(rows)
         self._learning_rate = learning_rate(self.trainer)
         self._factor = backpropagated_factor(self.trainer, self.model)
         self._step_index = self.trainer.global_step
@@ -220,7 +221,7 @@ class BatchCapture:
         self._parts.append(part)
 
     def _settle(self) -> None:
-        self.tracking.settle(self.trainer, self.first_batch, self.size, self._shapes)
+        self.tracking.settle(self.trainer, self.first_batch, self._sizes, self._shapes)
         self._is_settled = True
 
     def _joined(self) -> StepGradients:

@@ -149,7 +149,8 @@ class CaptureSession:
             return
         if self._failure is not None:
             return
-        rows = self._indices.next_batch(batch, batch_idx).indices
+        found = self._indices.next_batch(batch, batch_idx)
+        rows = found.indices
         if self._final_rows is not None:
             self._final_rows.see(rows)
         if self._records_rows():
@@ -158,7 +159,7 @@ class CaptureSession:
                 if not self._is_unmixed:
                     self._batches.first_batch = copied(batch)
             self._capture.see(batch, rows, batch_idx)
-        self._batches.start(batch, rows)
+        self._batches.start(batch, rows, found.parts)
 
     def before_backward(self, loss: Tensor) -> None:
         """Open the hooks; prepare the check against `.grad`."""

@@ -7,7 +7,7 @@ reached it while it was trainable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +91,7 @@ class BatchCapture:
         self.processes = ALONE
         self.first_batch: Any = None
         self.size = 0
-        self._loaders = 1
+        self._sizes: Sequence[int] = ()
         self._is_armed = False
         self._rows: np.ndarray | None = None
         self._forget()
@@ -102,17 +102,17 @@ class BatchCapture:
         self.tracking = LayerTracking(self.model, self._options.layers, self._options.loss)
         self._is_settled = False
 
-    def start(self, batch: Any, rows: np.ndarray, *, loaders: int = 1) -> None:
+    def start(self, batch: Any, rows: np.ndarray, parts: Sequence[int]) -> None:
         """Arm the hooks, before `training_step`.
 
         Args:
             batch: as `training_step` gets it.
             rows: dataset indices, int64 [n]; `NO_ROW` where a row is of no example.
-            loaders: number of dataloaders whose parts the batch is made of.
+            parts: how many of the rows each loader gave.
         """
         self.disarm()
         self._forget()
-        self._rows, self.size, self._loaders = rows, len(rows), loaders
+        self._rows, self._sizes, self.size = rows, parts, len(rows)
         self._learning_rate = learning_rate(self.trainer)
         self._factor = backpropagated_factor(self.trainer, self.model)
         self._step_index = self.trainer.global_step
@@ -223,12 +223,12 @@ class BatchCapture:
 
     def _settle(self) -> None:
         try:
-            self.tracking.settle(self.trainer, self.first_batch, self.size, self._shapes)
+            self.tracking.settle(self.trainer, self.first_batch, self._sizes, self._shapes)
         except RowIndexError as error:
-            if self._loaders == 1:
+            if len(self._sizes) == 1:
                 raise
             raise RowIndexError(
-                f"{error} The batch has parts from {self._loaders} dataloaders: put them together "
+                f"{error} The batch has parts from {len(self._sizes)} dataloaders: put them together "
                 "(`torch.cat`) before the model, or join the datasets with `torch.utils.data.ConcatDataset`."
             ) from error
         self._is_settled = True

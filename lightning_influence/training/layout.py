@@ -2,8 +2,8 @@
 
 Positions may come first (`batch_first=False`), or a layer may run on something else than the batch (a
 table of labels) that is as long as the batch by chance. The shapes of one batch do not say, and the sum over
-rows is the same. So a copy of the model is asked about the first batch without its last example: the
-dimension that counts examples is the one that is then smaller by one.
+rows is the same. So a copy of the model is asked about the first batch without its last example (of each
+loader's part): the dimension that counts examples is the one that is then smaller by as many.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ Shapes = Mapping[str, Sequence[UseShape]]
 
 
 def find_batch_dims(
-    layers: Mapping[str, TrackedLayer], shapes: Shapes, batch: Any, n: int, ask: Callable[[Any], Shapes]
+    layers: Mapping[str, TrackedLayer],
+    shapes: Shapes,
+    batch: Any,
+    parts: Sequence[int],
+    ask: Callable[[Any], Shapes],
 ) -> tuple[dict[str, TrackedLayer], dict[str, str]]:
     """The layers with their batch dimension, and those of which no dimension counts examples, with the reason.
 
@@ -35,20 +39,22 @@ def find_batch_dims(
     Args:
         layers: the tracked layers.
         shapes: of their output gradients in the step that was just done.
-        batch: the step's, n examples in the first dimension of its tensors.
-        n: number of examples.
+        batch: the step's, with examples in the first dimension of its tensors.
+        parts: number of examples that each loader gave.
         ask: the shapes for another batch, in eval mode, as `ask_copy` does.
     """
+    n = sum(parts)
     if n == 1:  # nothing to leave out; the only example is where the size is 1 in all uses
-        dims = {name: _batch_dim(shapes.get(name, ()), shapes.get(name, ()), 1) for name in layers}
+        dims = {name: _batch_dim(shapes.get(name, ()), shapes.get(name, ()), (1, 1)) for name in layers}
         return _settled(layers, dims, shapes, 1)
     try:
-        fewer = ask(_without_last_example(batch, n))
+        fewer = ask(_without_last_examples(batch, parts))
     except Exception as error:  # the user's code runs here, in a way it may not be made for
         _warn_of_doubt(shapes, n, error)
         return dict(layers), {}
-    dims = {name: _batch_dim(shapes.get(name, ()), fewer.get(name, ()), n) for name in layers}
-    return _settled(layers, dims, fewer, n - 1)
+    sizes = n, n - sum(part > 1 for part in parts)
+    dims = {name: _batch_dim(shapes.get(name, ()), fewer.get(name, ()), sizes) for name in layers}
+    return _settled(layers, dims, fewer, sizes[1])
 
 
 def ask_copy(trainer: Trainer, model: LightningModule, layers: Mapping[str, TrackedLayer], batch: Any) -> Shapes:
@@ -79,14 +85,14 @@ def _settled(
     return found, reasons
 
 
-def _batch_dim(uses: Sequence[UseShape], fewer: Sequence[UseShape], n: int) -> int | None:
-    """The first dimension that is n in all uses, and n - 1 (or 1) in the others; 0 if nothing was seen."""
+def _batch_dim(uses: Sequence[UseShape], fewer: Sequence[UseShape], wanted: tuple[int, int]) -> int | None:
+    """The first dimension that has the wanted sizes in all uses and all others; 0 if nothing was seen."""
     if not uses or not fewer:
         return 0
     candidates = None
     for use, other in zip(uses, fewer, strict=False):
         pairs = enumerate(zip(use.shape, other.shape, strict=False))
-        fitting = {dim for dim, sizes in pairs if sizes == (n, max(n - 1, 1))}
+        fitting = {dim for dim, sizes in pairs if sizes == wanted}
         if use.batch_dim is not None:  # known without asking
             if use.batch_dim not in fitting:
                 return None
@@ -109,30 +115,13 @@ def _warn_of_doubt(shapes: Shapes, n: int, error: Exception) -> None:
         )
 
 
-def _without_last_example(batch: Any, n: int) -> Any:
-    """A copy with one example fewer; of several loaders' parts, the last that has two is made shorter."""
-    parts = _parts(batch)
-    sizes = {key: _length(part) for key, part in parts.items()}
-    if sum(sizes.values()) != n or n in sizes.values():
-        return _shortened(batch, n)
-    chosen = max(sizes, key=lambda key: (sizes[key] > 1, [*sizes].index(key)))
-    found = {key: _shortened(part, sizes[key] if key == chosen else -1) for key, part in parts.items()}
-    return found if isinstance(batch, Mapping) else [*found.values()]
+def _without_last_examples(batch: Any, parts: Sequence[int]) -> Any:
+    """A copy of the batch in which each loader's part has one example less, if it has several."""
+    longer = {part for part in parts if part > 1}
+    if not longer:
+        raise ValueError("each loader's part of the batch has but one example")
 
+    def shortened(tensor: Tensor) -> Tensor:
+        return (tensor[:-1] if tensor.ndim and len(tensor) in longer else tensor).clone()
 
-def _shortened(batch: Any, n: int) -> Any:
-    return apply_to_collection(batch, Tensor, lambda t: t[:-1].clone() if t.ndim and len(t) == n else t.clone())
-
-
-def _parts(batch: Any) -> dict[Any, Any]:
-    """What may be the batches of several loaders."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return dict(enumerate(batch)) if isinstance(batch, (list, tuple)) else {}
-
-
-def _length(part: Any) -> int:
-    """Number of rows of the first tensor in one loader's batch; 0 if there is none."""
-    lengths: list[int] = []
-    apply_to_collection(part, Tensor, lambda t: lengths.append(len(t) if t.ndim else 0))
-    return lengths[0] if lengths else 0
+    return apply_to_collection(batch, Tensor, shortened)

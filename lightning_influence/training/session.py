@@ -164,7 +164,7 @@ class CaptureSession:
                 if not self._is_unmixed:
                     self._batches.first_batch = copied(batch)
             self._capture.see(batch, rows, batch_idx)
-        self._batches.start(batch, rows, loaders=len(found.parts))
+        self._batches.start(batch, rows, found.parts)
 
     def before_backward(self, loss: Tensor) -> None:
         """Open the hooks; prepare the check against `.grad`."""

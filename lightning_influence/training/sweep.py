@@ -215,7 +215,7 @@ class Sweep:
             tracking = self.tracking
             tracking.look(answer.total.detach())
             tracking.judge()
-            tracking.settle_by(self._shapes_of, batch, len(indices), tracking.capture.shapes())
+            tracking.settle_by(self._shapes_of, batch, [len(indices)], tracking.capture.shapes())
             return tracking.capture.gradients(len(indices), backpropagated_factor=self._scale)
 
     def _shapes_of(self, batch: Any) -> Any:

@@ -103,19 +103,19 @@ class LayerTracking:
             raise LayerError(f"Layer {name!r}: {reason}; this was not so in the first batch.")
         self.drop(reasons)
 
-    def settle(self, trainer: Trainer, batch: Any, n: int, shapes: Shapes) -> None:
+    def settle(self, trainer: Trainer, batch: Any, parts: Sequence[int], shapes: Shapes) -> None:
         """`settle_by` asking a copy of the model, in the trainer's precision."""
         assert isinstance(self.model, LightningModule)
         model = self.model
-        self.settle_by(lambda fewer: ask_copy(trainer, model, self.layers, fewer), batch, n, shapes)
+        self.settle_by(lambda fewer: ask_copy(trainer, model, self.layers, fewer), batch, parts, shapes)
 
-    def settle_by(self, ask: Callable[[Any], Shapes], batch: Any, n: int, shapes: Shapes) -> None:
+    def settle_by(self, ask: Callable[[Any], Shapes], batch: Any, parts: Sequence[int], shapes: Shapes) -> None:
         """After the first batch: drop what it did not use, and find where the examples are.
 
         Args:
             ask: the shapes that the layers see for another batch.
             batch: as `training_step` got it.
-            n: number of its examples.
+            parts: number of examples that each loader gave.
             shapes: of the output gradients of the layers that its backwards reached.
 
         Raises:
@@ -123,11 +123,11 @@ class LayerTracking:
         """
         unseen = [name for name in self.layers if name not in shapes]
         self.drop(dict.fromkeys(unseen, "no call of it took part in the first batch's backward"))
-        found, reasons = find_batch_dims(self.layers, shapes, batch, n, ask)
+        found, reasons = find_batch_dims(self.layers, shapes, batch, parts, ask)
         if not found:
             name = next(iter(reasons))
             raise RowIndexError(
-                f"Layer {name!r} saw {shapes[name][0].shape[0]} rows in a batch of {n} examples, nor has "
+                f"Layer {name!r} saw {shapes[name][0].shape[0]} rows in a batch of {sum(parts)} examples, nor has "
                 "another layer one row an example; leave the layer out with `layers=`, or, if a batch holds other "
                 "rows than the sampler's indices say, pass `index_fn=`."
             )

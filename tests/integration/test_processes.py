@@ -6,7 +6,6 @@ compared, for two ranks take half as many steps.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -17,27 +16,25 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence import InfluenceModule
 from lightning_influence.store import StoreReader
 from tests.integration.models import vector_data
+from tests.matrix.children import run_forked
 from tests.matrix.measuring import contents, error_of, file_status, segments
-from tests.matrix.processes import ODD, processes
-from tests.matrix.running import Trained, digest, train
+from tests.matrix.processes import ODD, fails_on_one_rank, processes
+from tests.matrix.running import Trained, digest, train, train_here
 from tests.matrix.situation import Run, Situation
 
 pytestmark = pytest.mark.ddp
-AWAITED = pytest.mark.xfail(strict=False, reason="capture is refused with more than one process")
-SECONDS = 240  # that a run may take on a busy machine before it counts as hanging
 FORKED = processes("forked", "ddp_fork")
 WAYS = {
     "ddp_fork, pairs": FORKED,
     "ddp_fork, eigen": processes("forked, eigen", "ddp_fork", codec="eigen"),
     "ddp_spawn, pairs": processes("spawned", "ddp_spawn"),
-    "ddp, pairs": processes("ddp x 2", "ddp", is_scripted=True),  # the script finds it by this name
+    "ddp, pairs": processes("ddp x 2", "ddp"),  # the script finds it by this name
 }
 
 
@@ -51,33 +48,22 @@ def files(
     """How it was run, what came of it, and the files of one process and of two."""
     folder = tmp_path_factory.mktemp("processes")
     situation: Situation = request.param
-    alone = replace(situation, trainer=dict, is_scripted=False)
+    alone = replace(situation, trainer=dict, process="this")
     train(alone, folder / "one", is_captured=True, is_still=True)
     trained = train(situation, folder / "two", is_captured=True, is_still=True)
     status, held = file_status(folder / "two" / "influence.h5")
-    if not held:
-        pytest.xfail(f"capture is refused with more than one process: {status}")
     assert status == "epoch 1"  # and no shard or unfinished file beside it
     return situation, trained, StoreReader(folder / "one" / "influence.h5"), held[-1]
 
 
 def test_two_ranks_leave_one_row_for_every_example(files: tuple) -> None:
     _, _, one, two = files
-    for name in ("written", "valid", "label", *(("occurrences",) if "occurrences" in two_columns(two) else ())):
+    for name in ("written", "valid", "label", "occurrences"):
         assert two.column(name).tolist() == one.column(name).tolist(), name
     assert two.column("label").tolist() == vector_data(ODD).tensors[1].tolist()
     assert two.attributes["rows_written"] == ODD
     assert two.attributes["rows_missing"] == two.attributes["rows_invalid"] == 0
     assert two.num_examples == ODD
-
-
-def two_columns(reader: StoreReader) -> set[str]:
-    """Names of columns that this schema has."""
-    try:
-        reader.column("occurrences")
-    except ValueError:
-        return set()
-    return {"occurrences"}
 
 
 def test_two_ranks_store_the_true_gradients(files: tuple) -> None:
@@ -159,32 +145,11 @@ def dies(rank: int, folder: Path) -> list[Callback]:
     return [Witness(folder), Dies(rank)]
 
 
-def fails_on_one_rank(rank: int, batch: list[Tensor]) -> list[int]:
-    """The rows' places, but not everywhere."""
-    if torch.distributed.get_rank() == rank:
-        raise KeyError("the user's own")
-    return [int((vector_data(ODD).tensors[0] == row).all(1).nonzero()) for row in batch[0]]
-
-
 def outcome(situation: Situation, folder: Path, *, is_captured: bool = True) -> int:
-    """The exit code of a process that trains; it fails if there is no end to it."""
+    """The exit code of a process that trains."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = partial(train, situation, folder, is_captured=is_captured, is_still=False)
-    process = multiprocessing.get_context("fork").Process(target=silently, args=(target,))
-    process.start()
-    process.join(SECONDS)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail(f"training did not end within {SECONDS} seconds")
-    return process.exitcode
-
-
-def silently(target: Callable[[], object]) -> None:
-    """A process's only task, whose traceback is expected."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
-    target()
+    target = partial(train_here, situation, folder, is_captured=is_captured, is_still=False)
+    return run_forked(target, folder / "output")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -194,7 +159,7 @@ def test_a_rank_that_dies_leaves_no_whole_file_and_no_hang(rank: int, tmp_path: 
 
 
 def test_a_rank_that_dies_leaves_the_older_file_and_the_next_run_replaces_it(tmp_path: Path) -> None:
-    path, alone = tmp_path / "influence.h5", replace(FORKED, trainer=dict)
+    path, alone = tmp_path / "influence.h5", replace(FORKED, trainer=dict, process="this")
     train(alone, tmp_path, is_captured=True, is_still=False)
     before = path.read_bytes()
     assert outcome(replace(FORKED, callbacks=partial(dies, 1)), tmp_path) != 0
@@ -217,14 +182,12 @@ def test_a_failure_on_one_rank_ends_capture_on_all_with_one_warning(rank: int, t
     assert [each.name for each in (tmp_path / "failing").iterdir() if "influence.h5" in each.name] == []
 
 
-@AWAITED
 def test_a_failure_on_one_rank_is_told_with_its_reason(tmp_path: Path) -> None:
     failing = replace(FORKED, callbacks=witnesses, influence={"index_fn": partial(fails_on_one_rank, 1)})
     assert outcome(failing, tmp_path) == 0
     assert "the user's own" in (tmp_path / "said").read_text()
 
 
-@AWAITED
 def test_each_epoch_of_two_ranks_is_a_whole_one_where_the_run_may_stop(tmp_path: Path) -> None:
     """Ranks agree on when a file is finished, again and again."""
     rolling = replace(FORKED, trainer=partial(with_limit, FORKED.trainer), callbacks=witnesses)

@@ -3,7 +3,7 @@
 True gradients are autograd's, one example at a time in float64, at the weights of the still run. Factors are
 those of the rows that a single process in float32 captures of the same net and data: A and S of the rows that
 count, as often as they were trained on, and Lambda of the same in the file's own basis, for eigenvectors have
-no unique sign.
+no unique sign. Where rows stand in the basis of the epoch before, A and S are of all that it has seen.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def file_status(path: Path) -> tuple[str, list[StoreReader]]:
 
 def segments(reader: StoreReader) -> list[StoreReader]:
     """The captured epochs of a file, in their order."""
-    numbers = getattr(reader, "segments", ())
-    return [reader.segment(number) for number in numbers] if numbers else [reader]
+    return [reader.segment(number) for number in reader.segments]
 
 
 def contents(reader: StoreReader, situation: Situation, weights: Mapping[str, Tensor]) -> Contents:
@@ -95,18 +94,16 @@ def contents(reader: StoreReader, situation: Situation, weights: Mapping[str, Te
 
 def _times(reader: StoreReader) -> Tensor:
     """How often each example was trained on."""
-    try:
-        return torch.from_numpy(reader.column("occurrences")).long()
-    except ValueError:  # an older schema
-        return torch.from_numpy(reader.column("written")).long()
+    return torch.from_numpy(reader.column("occurrences")).long()
 
 
 def _factor_error(reader: StoreReader, situation: Situation, valid: Tensor, times: Tensor) -> float:
     single, errors = single_process_rows(situation.net, situation.loss, situation.examples, situation.own), []
     for name in reader.layers:
-        inputs, output_grads, gradients = (
-            rows[valid].repeat_interleave(times, 0) for rows in single[_plain(name)]
-        )
+        everything = single[_plain(name)]
+        inputs, output_grads, gradients = (rows[valid].repeat_interleave(times, 0) for rows in everything)
+        if situation.has_older_basis:
+            inputs, output_grads, _ = everything
         stored = {key: torch.from_numpy(array).double() for key, array in reader.factors(name).items()}
         A, S = covariances(inputs, output_grads)
         for side, factor in (("A", A), ("S", S)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_influence.store import StoreReader
 from tests.integration.models import ManualTask, Task
-from tests.matrix.situation import Net, cross_entropy_sum
+from tests.matrix.situation import Net, Run, cross_entropy_sum
 
 
 class LoggingTask(Task):
@@ -74,33 +77,75 @@ class TwoOptimizersTask(ManualTask):
         return [self.optimizer(layer.parameters()) for layer in layers]
 
 
-class AdversarialTask(ManualTask):
-    """A generator and a discriminator, each with its own loss, backward and optimizer in every batch."""
+class Adversaries(nn.Module):
+    """A generator, and a judge that tells what it makes from parts of the inputs, the real things."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.judge = nn.Linear(3, 1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.judge = Net(), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the fixed judge says of the fakes, and the judge of the real and of the fixed fakes, [n, 3]."""
+        fakes = self.generator(x)
+        fixed = F.linear(fakes, self.judge.weight.detach(), self.judge.bias.detach())
+        return torch.cat([fixed, self.judge(x[:, :3]), self.judge(fakes.detach())], dim=1)
+
+
+def both_losses(opinions: Tensor, targets: Tensor) -> Tensor:
+    """Of the generator and of the judge, each a mean over the examples."""
+    return sum(_deceived(opinions[:, [each]], wanted) for each, wanted in enumerate((1.0, 1.0, 0.0)))  # type: ignore
+
+
+def both_losses_sum(opinions: Tensor, targets: Tensor) -> Tensor:
+    """The same of one example."""
+    return both_losses(opinions, targets)
+
+
+def _deceived(opinion: Tensor, wanted: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(opinion, torch.full_like(opinion, wanted))
+
+
+class UntoggledTask(ManualTask):
+    """The two train in turn, each with its own loss, backward and optimizer in every batch."""
+
+    net: Adversaries
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        inputs, targets = batch
-        generator, discriminator = self.optimizers()
-        self._step(generator, self._judged(self.net(inputs), 1.0))
-        real = self._judged(F.one_hot(targets, 3).to(inputs), 1.0)
-        self._step(discriminator, real + self._judged(self.net(inputs).detach(), 0.0))
+        inputs, _ = batch
+        generator, judge = self.optimizers()
+        with self.toggled(generator):
+            self._step(generator, _deceived(self.net.judge(self.net.generator(inputs)), 1.0))
+        with self.toggled(judge):
+            real = _deceived(self.net.judge(inputs[:, :3]), 1.0)
+            self._step(judge, real + _deceived(self.net.judge(self.net.generator(inputs).detach()), 0.0))
 
-    def _judged(self, outputs: Tensor, wanted: float) -> Tensor:
-        opinion = self.judge(outputs)
-        return F.binary_cross_entropy_with_logits(opinion, torch.full_like(opinion, wanted))
+    def toggled(self, optimizer: Any) -> AbstractContextManager[None]:
+        """Nothing is frozen."""
+        return contextlib.nullcontext()
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
-        self.toggle_optimizer(optimizer)
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
-        self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self) -> Any:
-        return [self.optimizer(self.net.parameters()), self.optimizer(self.judge.parameters())]
+        return [self.optimizer(each.parameters()) for each in (self.net.generator, self.net.judge)]
+
+
+class AdversarialTask(UntoggledTask):
+    """Only the parameters of the optimizer whose turn it is are trainable."""
+
+    @contextlib.contextmanager
+    def toggled(self, optimizer: Any) -> Iterator[None]:
+        self.toggle_optimizer(optimizer)
+        yield
+        self.untoggle_optimizer(optimizer)
+
+
+def the_judge_is_left_out(run: Run) -> str:
+    """Both backwards reach it."""
+    layers = StoreReader(run.path).layers
+    return "" if "net.judge" not in layers and "net.generator.first" in layers else f"the layers are {layers}"
 
 
 class MixupTask(Task):

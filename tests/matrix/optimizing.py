@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.integration.models import Checkpointed, ManualTask, float16
 from tests.matrix import models
-from tests.matrix.situation import BFLOAT16, FLOAT16, Expected, Situation, refused
+from tests.matrix.situation import BFLOAT16, FLOAT16, INT8, Expected, Situation, refused
 
 
 def overflowing() -> dict[str, Any]:
@@ -35,8 +35,8 @@ BRAIN = Expected(tolerance=BFLOAT16, factors=BFLOAT16)
 
 OPTIMIZING = [
     Situation("plain 32-bit", is_quick=True),
-    Situation("codec pairs (int8)", Expected(tolerance=1e-2, factors=2e-2), influence={"codec": "pairs"}),
-    Situation("codec eigen", Expected(tolerance=1e-2), influence={"codec": "eigen"}, is_quick=True),
+    Situation("codec pairs (int8)", Expected(tolerance=INT8, factors=2e-2), influence={"codec": "pairs"}),
+    Situation("codec eigen", Expected(tolerance=INT8), influence={"codec": "eigen"}, is_quick=True),
     Situation("bf16-mixed", BRAIN, trainer=partial(dict, precision="bf16-mixed")),
     Situation("bf16-true", BRAIN, trainer=partial(dict, precision="bf16-true")),
     Situation("16-mixed", HALF, trainer=float16),
@@ -55,7 +55,23 @@ OPTIMIZING = [
     ),
     Situation("manual optimization", task=ManualTask),
     Situation("several optimizers, one backward", task=models.TwoOptimizersTask),
-    Situation("GAN", refused("2 backwards for 2 optimizers"), task=models.AdversarialTask),
+    Situation(
+        "GAN",
+        task=models.AdversarialTask,
+        net=models.Adversaries,
+        loss=models.both_losses,
+        own=models.both_losses_sum,
+        is_quick=True,
+    ),
+    Situation(
+        "GAN without toggle_optimizer",
+        Expected(said="net.judge.*toggle_optimizer"),
+        task=models.UntoggledTask,
+        net=models.Adversaries,
+        loss=models.both_losses,
+        own=models.both_losses_sum,
+        check=models.the_judge_is_left_out,
+    ),
     Situation("LBFGS", refused("calls its closure once"), task=models.LBFGSTask),
     Situation("no loss for some batches", Expected(rows="18/4/0"), task=models.SkippingTask, is_quick=True),
     Situation("several losses", loss=models.two_terms, own=models.two_terms_sum),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, distributed
 
 from lightning_influence import InfluenceCallback
-from tests.integration.models import vector_data
-from tests.matrix.situation import Expected, Run, Situation, refused, shuffled
+from tests.integration.models import Pooled, position_data, vector_data
+from tests.matrix.situation import FLOAT32, INT8, SPOOLED, Expected, Run, Situation, refused, shuffled
 
 ODD = 23  # one of the two ranks gets an example twice, to have as many as the other
 odd_data = partial(vector_data, ODD)
+odd_sequences = partial(position_data, ODD)
 
 
 def on_two(strategy: str, **more: Any) -> dict[str, Any]:
@@ -32,24 +35,55 @@ def set_up_only(make: type[Strategy], run: Run) -> Trainer:
     return trainer
 
 
-def processes(name: str, strategy: str, *, is_scripted: bool = False, codec: str = "pairs-float32") -> Situation:
+def fails_on_one_rank(rank: int, batch: Sequence[Tensor]) -> list[int]:
+    """The rows' places, but not everywhere."""
+    if distributed.get_rank() == rank:
+        raise KeyError("the user's own")
+    return [int((odd_data().tensors[0] == row).all(1).nonzero()) for row in batch[0]]
+
+
+def processes(name: str, strategy: str, *, codec: str = "pairs-float32", **more: Any) -> Situation:
     """The odd dataset in two processes."""
-    return Situation(
-        name,
-        Expected(rows=f"{ODD}/0/0", tolerance=1e-5 if codec == "pairs-float32" else 1e-2, factors=1e-6),
-        data=partial(shuffled, odd_data),
-        examples=odd_data,
-        trainer=partial(on_two, strategy),
-        influence={"codec": codec},
-        is_scripted=is_scripted,
-    )
+    exact = codec == "pairs-float32"
+    usual = {
+        "expected": Expected(rows=f"{ODD}/0/0", tolerance=FLOAT32 if exact else INT8, factors=1e-6),
+        "data": partial(shuffled, odd_data),
+        "examples": odd_data,
+        "trainer": partial(on_two, strategy),
+        "influence": {"codec": codec},
+        "process": "script" if strategy == "ddp" else "forked",
+    }
+    return Situation(name, **{**usual, **more})
 
 
 PROCESSES = [
-    processes("ddp x 2", "ddp", is_scripted=True),
+    processes("ddp x 2", "ddp"),
     processes("ddp_fork x 2", "ddp_fork"),
     processes("ddp_fork x 2, codec eigen", "ddp_fork", codec="eigen"),
+    processes(
+        'ddp_fork x 2, codec eigen, epochs="every"',
+        "ddp_fork",
+        expected=Expected("epochs 0 1", f"{ODD}/0/0", tolerance=INT8, factors=SPOOLED),
+        influence={"codec": "eigen", "epochs": "every"},
+    ),
+    processes(
+        "ddp_fork x 2, sequences, codec eigen",
+        "ddp_fork",
+        codec="eigen",
+        net=Pooled,
+        data=partial(shuffled, odd_sequences),
+        examples=odd_sequences,
+    ),
     processes("ddp_spawn x 2", "ddp_spawn"),
+    *(
+        processes(
+            f"ddp x 2, capture fails on rank {rank}",
+            "ddp",
+            expected=refused("KeyError: .the user's own"),
+            influence={"index_fn": partial(fails_on_one_rank, rank)},
+        )
+        for rank in range(2)
+    ),
     *(
         Situation(strategy.__name__, refused(strategy.__name__), fit=partial(set_up_only, strategy))
         for strategy in (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import InfluenceCallback
+from tests.matrix.children import run_command, run_forked, tail_of
 from tests.matrix.situation import Run, Situation
 
 
@@ -39,11 +41,30 @@ class Trained:
 
 
 def train(situation: Situation, folder: Path, *, is_captured: bool, is_still: bool) -> Trained:
-    """Train here or, where Lightning starts the script again for each rank, in a script."""
+    """Train where the situation says."""
     folder.mkdir(parents=True, exist_ok=True)
-    if situation.is_scripted:
-        return _in_a_script(situation, folder, is_captured=is_captured, is_still=is_still)
-    return train_here(situation, folder, is_captured=is_captured, is_still=is_still)
+    if situation.process == "this":
+        return train_here(situation, folder, is_captured=is_captured, is_still=is_still)
+    output = folder / "output"
+    if situation.process == "forked":
+        code = run_forked(
+            partial(train_and_save, situation, folder, is_captured=is_captured, is_still=is_still), output
+        )
+    else:
+        flags = ["captured"] * is_captured + ["still"] * is_still
+        code = run_command(
+            [sys.executable, "-m", "tests.matrix.script", situation.name, str(folder), *flags], output
+        )
+    if code:
+        raise RuntimeError(f"the process ended with {code}: {tail_of(output)}")
+    return Trained(**torch.load(folder / "trained.pt"))
+
+
+def train_and_save(situation: Situation, folder: Path, *, is_captured: bool, is_still: bool) -> None:
+    """Train in this process, whose rank 0 saves what there is to know."""
+    trained = train_here(situation, folder, is_captured=is_captured, is_still=is_still)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        torch.save(vars(trained), folder / "trained.pt")
 
 
 def train_here(situation: Situation, folder: Path, *, is_captured: bool, is_still: bool) -> Trained:
@@ -61,15 +82,6 @@ def train_here(situation: Situation, folder: Path, *, is_captured: bool, is_stil
     summed = digest([weights, states, *random_states()])
     flaw = situation.check(run) if is_captured and not is_still else ""
     return Trained(summed, weights, said, flaw)
-
-
-def _in_a_script(situation: Situation, folder: Path, *, is_captured: bool, is_still: bool) -> Trained:
-    flags = ["captured"] * is_captured + ["still"] * is_still
-    command = [sys.executable, "-m", "tests.matrix.script", situation.name, str(folder), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the script ended with {done.returncode}: {done.stderr[-800:]}")
-    return Trained(**torch.load(folder / "trained.pt"))
 
 
 def random_states() -> list[Any]:

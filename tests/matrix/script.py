@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from tests.matrix.running import train_here
+from tests.matrix.children import end_with_parent
+from tests.matrix.running import train_and_save
 from tests.matrix.situations import SITUATIONS
 
 
 def main(name: str, folder: str, *flags: str) -> None:
-    """Rank 0 saves what there is to know."""
+    """Train the situation of this name."""
+    if "LOCAL_RANK" not in os.environ:  # the first; the others are in its group
+        end_with_parent()
     torch.set_num_threads(1)
     (situation,) = [each for each in SITUATIONS if each.name == name]
-    trained = train_here(situation, Path(folder), is_captured="captured" in flags, is_still="still" in flags)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        torch.save(vars(trained), Path(folder) / "trained.pt")
+    train_and_save(situation, Path(folder), is_captured="captured" in flags, is_still="still" in flags)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -25,6 +25,10 @@ EPOCHS = 2
 MOVING = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 # Of a median ratio, and of factors: chains of ten roundings by 2^-24, 2^-11 and 2^-8 that partly cancel.
 FLOAT32, FLOAT16, BFLOAT16 = 1e-5, 4e-3, 3e-2
+INT8 = 1e-2  # of a median ratio
+SPOOLED = (
+    2e-4  # of the eigen codec's factors where there is no basis before the epoch: rows wait for it in float16
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,9 @@ class Situation:
         fit: what is done with trainers.
         check: what else is wrong with the captured run, "" if nothing.
         is_exact: whether one example's own gradient is what a row holds (not with batch statistics).
-        is_scripted: trains in a process of its own, which Lightning starts again for each rank.
+        has_older_basis: whether A and S are not of the rows but of all examples, which the epoch before has seen.
+        process: where it trains: in "this" one, or in one of its own with a time limit, either "forked" or a
+            "script", which Lightning starts again for each rank.
         is_quick: takes part in the test suite.
     """
 
@@ -138,7 +144,8 @@ class Situation:
     fit: Callable[[Run], Trainer] = fit_once
     check: Callable[[Run], str] = nothing_more
     is_exact: bool = True
-    is_scripted: bool = False
+    has_older_basis: bool = False
+    process: Literal["this", "forked", "script"] = "this"
     is_quick: bool = False
 
 

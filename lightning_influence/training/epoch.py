@@ -56,6 +56,11 @@ class EpochCapture:
         """Its number, counted from 0."""
         return self._attributes["epoch"]
 
+    @property
+    def unfinished(self) -> Path | None:
+        """Where the rows are until there is a file; None before they are anywhere."""
+        return None if self.recorder is None else self.recorder.writer.partial_path
+
     def see(self, batch: Any, rows: np.ndarray, batch_idx: int) -> None:
         """Before `training_step` can change the batch."""
         self._batches += 1

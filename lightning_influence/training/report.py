@@ -162,12 +162,17 @@ def warn_of_no_file(path: Path, wanted: int | None) -> None:
     )
 
 
-def warn_of_partial_epoch(path: Path, epoch: int | None, finished_epoch: int | None) -> None:
-    """An epoch's last batch was never reached."""
+def warn_of_partial_epoch(
+    path: Path, epoch: int | None, finished_epoch: int | None, kept: Path | None = None
+) -> None:
+    """An epoch's last batch was never reached; its rows may be kept for a run that is resumed."""
     left = "No file was written." if finished_epoch is None else f"{path} holds epoch {finished_epoch}."
+    rows = "dropped"
+    if kept is not None:
+        rows = f"left in {kept.name} (delete it and *.resume* if training will not be resumed from a checkpoint)"
     rank_zero_warn(
         f"InfluenceCallback: epoch {epoch} ended before its last batch, so its rows are not whole and were "
-        f"dropped. {left}"
+        f"{rows}. {left}"
     )
 
 

@@ -208,7 +208,8 @@ class CaptureSession:
     def end_epoch(self) -> None:
         """An epoch whose last batch was never reached leaves no file."""
         if self._capture is not None:
-            report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch)
+            kept = self._capture.unfinished if self._resumption.capture is not None else None
+            report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept)
             self._drop_capture()
         self._batches.disarm()
         self._epoch, self._records_rows, self._is_for_bases, self._watches_rows = None, False, False, False
@@ -308,7 +309,7 @@ class CaptureSession:
                 self._is_unmixed = True
             capture.recorder = self._make_recorder()
         if self._resumption.is_within_epoch:
-            is_there = self.processes.from_first(capture.recorder.writer.partial_path.exists())
+            is_there = self.processes.from_first(capture.unfinished is not None and capture.unfinished.exists())
             capture.resume(self._resumption.take_capture(is_there=is_there))
 
     def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:

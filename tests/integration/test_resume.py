@@ -343,11 +343,17 @@ def test_an_exception_without_a_checkpoint_in_the_epoch_leaves_nothing(tmp_path:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_run_that_ends_within_an_epoch_by_itself_leaves_its_file_only(tmp_path: Path, codec: str) -> None:
-    with pytest.warns(UserWarning, match="epoch 2 ended before its last batch"):
+def test_a_run_that_ends_within_an_epoch_by_itself_leaves_its_rows_for_one_that_is_resumed(
+    tmp_path: Path, codec: str
+) -> None:
+    with pytest.warns(UserWarning, match=r"epoch 2 ended before its last batch.*left in .*\.partial.*delete"):
         train(tmp_path, Ending(), codec=codec, every=SAVED, max_epochs=-1, max_steps=14)
-    assert files(tmp_path) == {"influence.h5"}
+    assert {name.rpartition(".")[2] for name in files(tmp_path)} == {"h5", "partial", "resume0"}
     assert StoreReader(tmp_path / "influence.h5").attributes["epoch"] == 1
+    path = train(tmp_path, Ending(), codec=codec, every=SAVED, after=SAVED)
+    assert files(tmp_path) == {"influence.h5"}
+    assert StoreReader(path).attributes["batches_captured"] == StoreReader(path).attributes["batches_planned"]
+    assert (StoreReader(path).column("step") < SAVED).any()
 
 
 @pytest.mark.parametrize("codec", CODECS)

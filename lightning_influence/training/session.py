@@ -90,11 +90,7 @@ class CaptureSession:
         return self._schedule is not None
 
     def start(self, callback: Callback) -> None:
-        """Before the training dataloader is made.
-
-        Args:
-            callback: among the trainer's, whose session this is.
-        """
+        """Before the training dataloader is made, for the trainer's callback whose session this is."""
         check_supported(self.trainer)
         self.processes = processes_of(self.trainer)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -5,30 +5,61 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_influence.layer_plan import CodecName, LayerPlan, plan_layers
+from lightning_influence.errors import UnsupportedTrainingError
+from lightning_influence.layer_plan import LayerPlan, plan_layers
 from lightning_influence.processes import Processes
+from lightning_influence.training import report
 from lightning_influence.training.batch_capture import CapturedBatch
+from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.tracking import LayerTracking
 
 
 def agree_on_plans(
-    batch: CapturedBatch | None, tracking: LayerTracking, codec: CodecName, processes: Processes
+    batch: CapturedBatch | None,
+    tracking: LayerTracking,
+    options: CaptureOptions,
+    processes: Processes,
+    *,
+    num_examples: int | None,
+    when: str,
 ) -> dict[str, LayerPlan]:
     """The plans of the layers that every process can capture; none if no process has had a backward.
 
     Args:
         batch: of this process; None if it had no backward.
         tracking: the layers that this process can capture, and then those of all.
-        codec: that was asked for.
+        options: what the user asked for, and is now told.
         processes: that train together.
+        num_examples: length of the dataset.
+        when: what is captured, in words.
+
+    Raises:
+        UnsupportedTrainingError: if the dataset has no length.
     """
     with processes.together():
-        own = plan_layers(tracking.layers, batch.step.gradients, codec) if batch else None
+        if num_examples is None:
+            raise UnsupportedTrainingError(
+                "The training dataset has no length, so its rows have no place; give it a `__len__`, or pass "
+                "`num_examples=`."
+            )
+        own = plan_layers(tracking.layers, batch.step.gradients, options.codec) if batch else None
     known = [plans for plans in processes.gather(own) if plans is not None]
-    plans = _common(known) if known else {}
-    if plans and not processes.is_alone:
-        with processes.together():
+    if not known:
+        return {}
+    with processes.together():
+        plans = _common(known)
+        if not processes.is_alone:
             tracking.agree(plans)
+        if batch is not None:
+            report.warn_of_weights(batch.step.scale.factor)
+        report.announce(
+            options.path,
+            plans,
+            tracking.coverage,
+            when=when,
+            bytes_per_example=options.bytes_per_example,
+            num_examples=num_examples,
+        )
     return plans
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
@@ -268,31 +267,18 @@ class CaptureSession:
 
     def _make_plans(self, batch: CapturedBatch | None) -> None:
         """From the first batch: how layers are stored, the same in all processes."""
-        tracking, examples = self._batches.tracking, self._indices.num_examples
+        assert self._schedule is not None
+        self._plans = agree_on_plans(
+            batch,
+            self._batches.tracking,
+            self.options,
+            self.processes,
+            num_examples=self._indices.num_examples,
+            when=self._schedule.describe(),
+        )
         with self.processes.together():
-            if examples is None:
-                raise UnsupportedTrainingError(
-                    "The training dataset has no length, so its rows have no place; give it a `__len__`, or pass "
-                    "`num_examples=`."
-                )
-        self._plans = agree_on_plans(batch, tracking, self.options.codec, self.processes)
-        if not self._plans:
-            return
-        with self.processes.together():
-            if batch is not None:
-                report.warn_of_weights(batch.step.scale.factor)
-            if not self._records_rows:
+            if self._plans and not self._records_rows:
                 self._look_for_mixing(is_captured=False)
-            assert self._schedule is not None
-            assert examples is not None
-            report.announce(
-                self.options.path,
-                self._plans,
-                tracking.coverage,
-                when=self._schedule.describe(),
-                bytes_per_example=self.options.bytes_per_example,
-                num_examples=examples,
-            )
 
     def _prepare_recorder(self) -> None:
         """Before the first batch of a captured epoch is recorded."""

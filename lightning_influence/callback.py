@@ -13,6 +13,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_influence.attachment import STATE_KEY, attachment_state
 from lightning_influence.errors import StoreError
@@ -207,6 +208,12 @@ class InfluenceCallback(Callback):
         """Check the captured gradients against `.grad`, once a run."""
         if self._session is not None:
             self._session.after_backward()
+
+    @_guarded
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note which gradients are applied, with manual optimization."""
+        if self._session is not None:
+            self._session.before_step(optimizer)
 
     @_guarded
     def on_train_batch_end(

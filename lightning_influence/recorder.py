@@ -181,11 +181,14 @@ class Recorder:
             self._write_spooled(self._spool)
         if not processes.is_alone:
             _check_own(self._seen, processes)
-        records = self._rows.records.values()
-        processes.sum_(t for r in records if isinstance(r, EigenRecord) for t in r.eigenvalues.sums)
-        if not processes.is_first:
-            return {}
-        return {name: record.finish(self._rows.valid_rows(name)) for name, record in self._rows.records.items()}
+        eigen = [record for record in self._rows.records.values() if isinstance(record, EigenRecord)]
+        processes.sum_(total for record in eigen for total in record.eigenvalues.sums)
+        layers: dict[str, ScoredLayer] = {}
+        with processes.together():
+            if processes.is_first:
+                records = self._rows.records
+                layers = {name: record.finish(self._rows.valid_rows(name)) for name, record in records.items()}
+        return layers
 
     def _write_spooled(self, spool: Spool) -> None:
         """Once the covariances are known: bases, then rows."""
@@ -243,6 +246,7 @@ class Recorder:
             "records": {name: record.state() for name, record in self._rows.records.items()},
             "seen": torch.from_numpy(self._seen.astype(np.uint8)),
             "loss": dict(self.loss),
+            "unfinished": self.writer.partial_path.name,
         }
 
     def resume(self, state: Mapping[str, Any], *, step: int, device: torch.device) -> None:
@@ -264,7 +268,7 @@ class Recorder:
                 metric.to(device)
             self.loss = dict(state["loss"])
             self._seen = state["seen"].numpy().astype(bool)
-        self._rows.resume(state["records"], self._bases, self._covariances, step)
+        self._rows.resume(state["records"], self._bases, self._covariances, state["unfinished"], step)
 
     def suspend(self) -> None:
         """Leave the unfinished file for a resumed run; the spool goes."""

@@ -107,6 +107,7 @@ class RowFile:
         records: Mapping[str, Any],
         bases: Mapping[str, Eigenbasis],
         covariances: Mapping[str, KroneckerCovariance],
+        unfinished: str,
         step: int,
     ) -> None:
         """Go on with the unfinished file of an earlier run, all processes together.
@@ -115,6 +116,7 @@ class RowFile:
             records: their states.
             bases: as for `lay_out`.
             covariances: as for `lay_out`.
+            unfinished: that file's name.
             step: of the checkpoint; rows from this step on are of a past that training has left.
 
         Raises:
@@ -129,8 +131,9 @@ class RowFile:
                 for name, plan in self._plans.items()
             }
             if self._processes.is_first:
-                self._writer.take_over(self._arrays())
+                self._writer.take_over(self._arrays(), unfinished)
                 self._writer.forget_rows(self._writer.read_column("step") >= step)
+        self._writer.partial_path = self._processes.from_first(self._writer.partial_path)
         with self._processes.together():
             if not self._processes.is_first:
                 self._writer.join(self._arrays())

@@ -39,11 +39,16 @@ class _Use:
 
     Args:
         use: what the layer makes a gradient of.
-        is_intact: the inputs are as the forward saw them.
+        seen: the inputs.
     """
 
     use: LinearUse | tuple[int, LayerCall]
-    is_intact: bool
+    seen: _Seen
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the inputs are still as the forward saw them."""
+        return self.seen.is_intact
 
 
 class _Seen:
@@ -211,7 +216,7 @@ class GradientCapture:
                     values = seen.values
                     named = dict(zip(kwargs, values[len(args) :], strict=True))
                     call = LayerCall(values[: len(args)], named, grad, memory)
-                    records.append(_Use((number, call), seen.is_intact))
+                    records.append(_Use((number, call), seen))
 
                 def on_broadcast(result: Tensor, shape: torch.Size) -> None:
                     nonlocal is_broadcast
@@ -226,7 +231,7 @@ class GradientCapture:
                     rest = layer_input.shape[len(own_shape) - 1 :]
                     expanded = layer_input.reshape((*shape[:-1], *rest)).expand((*grad.shape[:-1], *rest))
                     call = LayerCall((expanded,), {}, grad.sum_to_size(*grad.shape[:-1], shape[-1]), memory)
-                    records.append(_Use((number, call), seen.is_intact))
+                    records.append(_Use((number, call), seen))
 
                 self._on_gradient(name, output, lambda grad: None if is_broadcast else record(grad))
                 if self._uses is not None and source.adapter.keeps_positions:
@@ -249,7 +254,7 @@ class GradientCapture:
 
         def record(grad: Tensor) -> None:
             grad = grad.reshape(*leading, grad.shape[-1])
-            records.append(_Use(LinearUse(seen.values[0], grad, first_row, has_bias, batch_dim), seen.is_intact))
+            records.append(_Use(LinearUse(seen.values[0], grad, first_row, has_bias, batch_dim), seen))
 
         self._on_gradient(name, output, record)
 

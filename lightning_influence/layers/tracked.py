@@ -89,6 +89,12 @@ class TrackedLayer:
         return any(parameter.requires_grad for parameter in self.parameters.values())
 
     @property
+    def has_grad(self) -> bool:
+        """Whether there is a gradient other than zero in `.grad`."""
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        return any(grad is not None and (grad.is_sparse or bool(grad.any())) for grad in grads)
+
+    @property
     def calls_are_all(self) -> bool:
         """Whether the modules' own calls are all uses of the weight that are to be expected.
 

@@ -6,6 +6,7 @@ shuffled rows and safe across forked data loader workers. `store.schema` describ
 
 import math
 import os
+import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,15 +146,25 @@ class StoreWriter:
             ) from err
         self._layers = {layer: tuple(named) for layer, named in layers.items()}
 
-    def take_over(self, layers: Mapping[str, Mapping[str, ArraySpec]]) -> None:
+    def take_over(self, layers: Mapping[str, Mapping[str, ArraySpec]], unfinished: str) -> None:
         """Go on with the file that an earlier run of the same id has left with `suspend`, or by dying.
+
+        It gets another name first, so that of two runs that want it one has it.
 
         Args:
             layers: as that run gave to `create`.
+            unfinished: the name that its `partial_path` had.
 
         Raises:
-            StoreError: as for `join`.
+            StoreError: if it is gone, or as for `join`.
         """
+        self._check_new()
+        claimed = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            self.path.with_name(unfinished).replace(claimed)
+        except OSError as err:
+            raise StoreError(f"{unfinished} cannot be taken over: {err}; capture the epoch anew.") from err
+        self.partial_path = claimed
         self.join(layers)
         self._is_creator = True
 

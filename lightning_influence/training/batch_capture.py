@@ -2,7 +2,8 @@
 
 With one optimizer, a step applies the sum of a batch's gradients, and that is collected. Several optimizers
 each apply the gradients of a backward of their own: every layer's are those of the one backward that
-reached it while it was trainable.
+reached it while it was trainable. Gradients that are set to zero before they are applied are nobody's: a
+layer that gets such is left out, or refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_influence.errors import LayerError, RowIndexError, UnsupportedTrainingError
 from lightning_influence.gradients import LayerGradient
@@ -101,6 +103,11 @@ class BatchCapture:
         """Start over with the layers that are trainable now."""
         self.tracking = LayerTracking(self.model, self._options.layers, self._options.loss)
         self._is_settled = False
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Nothing waits for an optimizer's step."""
+        self._waiting: set[str] = set()  # layers with gradients that no optimizer has applied
 
     def start(self, batch: Any, rows: np.ndarray, parts: Sequence[int]) -> None:
         """Arm the hooks, before `training_step`.
@@ -126,10 +133,12 @@ class BatchCapture:
     def before_backward(self, loss: Tensor, *, is_checked: bool) -> None:
         """Open the hooks; prepare the check against `.grad`."""
         self._backwards += 1
-        if not self._is_armed or (self._backwards > 1 and not self._has_several_optimizers):
+        if not self._is_armed:
             return
+        self._find_lost()
         self.tracking.capture.set_open(True)
-        if is_checked and has_exact_average(self.trainer):
+        is_sum = self._backwards > 1 and not self._has_several_optimizers  # is compared as a whole
+        if is_checked and not is_sum and has_exact_average(self.trainer):
             self._is_averaged = backward_averages(self.trainer)
             self.tracking.start_check()
         self._loss = loss.detach().clone()
@@ -141,13 +150,25 @@ class BatchCapture:
         is_over = self.model.automatic_optimization
         if is_over:
             self.disarm()  # the optimizer is left alone
+        else:
+            reached = self.tracking.capture.shapes()
+            self._waiting |= {name for name in reached if self.tracking.layers[name].has_grad}
         with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
-            if self._backwards == 1 or self._has_several_optimizers:
-                self.tracking.look(self._loss, is_averaged=self._is_averaged)
-                if self.processes.is_alone:
-                    self.tracking.judge()
+            self.tracking.look(self._loss, is_averaged=self._is_averaged)
             if is_over or self._has_several_optimizers:
                 self._collect()
+                self.tracking.stop_check()
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer applies the gradients of its parameters."""
+        if not self._waiting:
+            return
+        applied = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._waiting = {
+            name
+            for name in self._waiting & self.tracking.layers.keys()
+            if not applied & {id(parameter) for parameter in self.tracking.layers[name].parameters.values()}
+        }
 
     def finish(self, outputs: Any) -> CapturedBatch | None:
         """The batch's gradients; None if it had no backward, as a skipped step has."""
@@ -159,20 +180,27 @@ class BatchCapture:
                 f"`training_step` ran {self._backwards} times for one batch, as LBFGS does; capture needs an "
                 "optimizer that calls its closure once."
             )
+        is_reached = len(self.tracking.capture.unseen) < len(self.tracking.layers)
+        if is_reached and not self._backwards:
+            raise UnsupportedTrainingError(
+                f"{type(self.model).__name__} calls `backward` itself, which Lightning does not tell, so that its "
+                "gradients cannot be checked; call `self.manual_backward(loss)`."
+            )
         # Without a backward: a skipped step, or the batch norm update of weight averaging.
         is_manual = bool(outputs) and not self.model.automatic_optimization
-        if not self._parts and (is_manual or len(self.tracking.capture.unseen) < len(self.tracking.layers)):
+        if not self._parts and (is_manual or is_reached):
             self._rows = rows
             self._collect()
             self._rows = None
         self.disarm()
+        self.tracking.stop_check()
         self.tracking.capture.clear()
         if not has_exact_average(self.trainer):  # there is nothing to compare with
             self.tracking.is_verified = True
         if not self._parts:
             return None
-        step = self._joined()
-        kept = rows[rows != NO_ROW]
+        step, kept = self._joined(), rows[rows != NO_ROW]
+        self._forget()  # the last batch of an epoch is not kept alive through the next
         return CapturedBatch(step, kept, self._step_index, self._learning_rate) if len(kept) else None
 
     def disarm(self) -> None:
@@ -221,6 +249,19 @@ class BatchCapture:
         self._leave_out([n for n in part.gradients if any(n in other.gradients for other in self._parts)])
         self._parts.append(part)
 
+    def _find_lost(self) -> None:
+        """Layers whose gradients were set to zero before an optimizer applied them."""
+        lost = [
+            name for name in self._waiting & self.tracking.layers.keys() if not self.tracking.layers[name].has_grad
+        ]
+        self._waiting -= set(lost)
+        self._drop_or_refuse(
+            lost,
+            "its gradients are set to zero before an optimizer applies them (call "
+            "`self.toggle_optimizer(optimizer)` before and `self.untoggle_optimizer(optimizer)` after each "
+            "optimizer's part of `training_step`)",
+        )
+
     def _settle(self) -> None:
         try:
             self.tracking.settle(self.trainer, self.first_batch, self._sizes, self._shapes)
@@ -242,13 +283,17 @@ class BatchCapture:
         layers = {n: layer for n, layer in self.tracking.layers.items() if names is None or n in names}
         return replace(self._parts[0], gradients=gradients).with_zeros(layers)
 
-    def _leave_out(self, names: Collection[str]) -> None:
-        """Layers that several backwards reached: leave them out at first, and refuse them later."""
-        reason = (
+    def _leave_out(self, names: Sequence[str]) -> None:
+        """Layers that several backwards reached, for several optimizers."""
+        self._drop_or_refuse(
+            names,
             "gradients from several backwards of one batch reach it, and which of them the optimizers' steps "
             "applied cannot be told (call `self.toggle_optimizer(optimizer)` before and "
-            "`self.untoggle_optimizer(optimizer)` after each optimizer's part of `training_step`)"
+            "`self.untoggle_optimizer(optimizer)` after each optimizer's part of `training_step`)",
         )
+
+    def _drop_or_refuse(self, names: Sequence[str], reason: str) -> None:
+        """Leave layers out at first, and refuse them later."""
         if self._is_settled and names:
-            raise LayerError(f"Layer {next(iter(names))!r}: {reason}; this was not so in the first batch.")
-        self.tracking.drop(dict.fromkeys((name for name in names if name in self.tracking.layers), reason))
+            raise LayerError(f"Layer {names[0]!r}: {reason}; this was not so in the first batch.")
+        self.tracking.drop({name: reason for name in names if name in self.tracking.layers})

@@ -100,9 +100,9 @@ class EpochCapture:
         self._is_resumed = True
         if state is not None:
             assert self.recorder is not None
-            self.recorder.resume(state["recorder"], step=state["step"], device=self._model.device)
             self._attributes |= state["attributes"]
             self._batches += state["batches"]
+            self.recorder.resume(state["recorder"], step=state["step"], device=self._model.device)
 
     def suspend(self) -> None:
         """Leave the unfinished file for a resumed run."""
@@ -136,17 +136,18 @@ class EpochCapture:
                 }
                 self._attributes |= self._final_attributes(agreement)
         recorder.finish(layers, attributes=self._attributes, documents=documents)
-        if self._processes.is_first:
-            report.report_file(
-                trainer,
-                path,
-                epoch=self.epoch,
-                counts=counts,
-                agreement=agreement,
-                seconds=time.monotonic() - began,
-            )
-            if self._is_resumed:
-                report.warn_of_resumed_epoch(path, self.epoch, counts)
+        with self._processes.together():
+            if self._processes.is_first:
+                report.report_file(
+                    trainer,
+                    path,
+                    epoch=self.epoch,
+                    counts=counts,
+                    agreement=agreement,
+                    seconds=time.monotonic() - began,
+                )
+                if self._is_resumed:
+                    report.warn_of_resumed_epoch(path, self.epoch, counts)
         return agreement
 
     def next_bases(self) -> Mapping[str, Eigenbasis]:

@@ -70,10 +70,17 @@ class Resumption:
             self.state = None
         return self.state if plans else None
 
-    def take_capture(self, *, is_there: bool) -> dict[str, Any] | None:
-        """What was kept of the epoch's rows, once, if the unfinished file is still there."""
+    def start_epoch(self) -> None:
+        """An epoch that starts at its beginning has nothing to do with what was saved of another."""
+        self.is_within_epoch, self.capture = False, None
+
+    def take_capture(self, epoch: int, folder: Path, processes: Processes) -> dict[str, Any] | None:
+        """What was kept of this epoch's rows, once, if the unfinished file is still there."""
         state, self.state = self.state, None
-        self.capture = state["capture"] if state is not None and is_there else None
+        capture = None if state is None else state["capture"]
+        is_there = capture is not None and (folder / capture["recorder"]["unfinished"]).exists()
+        if processes.from_first(is_there and capture["attributes"]["epoch"] == epoch):  # type: ignore[index]
+            self.capture = capture
         return self.capture
 
     def save(

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import ALONE, Processes
@@ -116,7 +117,7 @@ class CaptureSession:
     def start_epoch(self) -> None:
         """Decide what this epoch is for."""
         self._begin_epoch()
-        self._resumption.is_within_epoch = False
+        self._resumption.start_epoch()
         self._indices.start_epoch()
 
     def _begin_epoch(self) -> None:
@@ -130,6 +131,7 @@ class CaptureSession:
             self._final_rows.start_epoch()
         self._skips_rest = self._is_epoch_whole = False
         self._bases.start_epoch()
+        self._batches.start_epoch()
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch's rows and, if they are wanted, arm the hooks."""
@@ -174,6 +176,11 @@ class CaptureSession:
         if not self._skips_rest and self._failure is None:
             self._batches.after_backward()
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Note what is applied, where Lightning does not do it."""
+        if not self._skips_rest and not self.model.automatic_optimization:
+            self._batches.before_step(optimizer)
+
     def end_batch(self, outputs: Any) -> None:
         """Take in the batch's gradients, and finish the file after an epoch's last batch."""
         if self._skips_rest:
@@ -187,7 +194,7 @@ class CaptureSession:
             self._batches.tracking.judge(self.processes)
         is_new = not self._plans
         if is_new:
-            self._make_plans(batch)
+            self._make_plans(batch if self._batches.tracking.is_verified else None)
             with together():
                 if (state := self._resumption.fitting(self._plans)) is not None:
                     self._bases.load(state["bases"], self._plans)
@@ -291,8 +298,7 @@ class CaptureSession:
                 self._is_unmixed = True
             capture.recorder = self._make_recorder()
         if self._resumption.is_within_epoch:
-            is_there = self.processes.from_first(capture.unfinished is not None and capture.unfinished.exists())
-            capture.resume(self._resumption.take_capture(is_there=is_there))
+            capture.resume(self._resumption.take_capture(capture.epoch, self.path.parent, self.processes))
 
     def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""

@@ -43,8 +43,9 @@ class _Look:
 class GradientCheck:
     """Compares a backward's captured gradients with the change of the layers' `.grad`.
 
-    `start` before the backward and `look` after it; `mismatches`, later, says what was found. Of several
-    processes, whose `.grad` becomes their mean, each looks, and all judge together.
+    `start` before a backward, `look` after it, and after each that adds to it; `stop` after the last, and
+    `mismatches`, later, says what was found. Of several processes, whose `.grad` becomes their mean, each
+    looks, and all judge together.
 
     Args:
         layers: the tracked layers.
@@ -72,14 +73,18 @@ class GradientCheck:
         """Whether `.grad` was looked at before the backward."""
         return self._before is not None
 
+    def stop(self) -> None:
+        """What comes now is of another batch."""
+        self._before = None
+
     def look(self, calls: Mapping[str, Sequence[LayerGradient]], *, is_averaged: bool = False) -> None:
         """Just after the backward.
 
         Args:
-            calls: gradients of each use of the layers, as back-propagated.
+            calls: gradients of each use of the layers, as back-propagated since `start`.
             is_averaged: whether `.grad` is the mean over processes now.
         """
-        before, self._before = self._before, None
+        before = self._before
         if before is None:
             return
         look = _Look(is_averaged)

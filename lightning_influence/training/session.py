@@ -133,6 +133,9 @@ class CaptureSession:
             self._schedule.start_epoch(self.trainer)
         if self._final_rows is not None:
             self._final_rows.start_epoch()
+            if batch_idx > 0:
+                state = self._resumed_state
+                self._final_rows.resume(state["seen"] if state else None)
         self._skips_rest = False
         self._bases.start_epoch()
         self._resumed_step = self.trainer.global_step if batch_idx > 0 else None
@@ -387,13 +390,19 @@ class CaptureSession:
 
     def save_state(self) -> None:
         """Keep beside the file what a run needs that is resumed from the checkpoint that is being saved."""
-        is_wanted = self._epoch is not None and (self._records_rows() or self._prepares_bases())
+        is_wanted = self._epoch is not None and (
+            self._records_rows() or self._prepares_bases() or self._final_rows is not None
+        )
         if not is_wanted or self._failure is not None or not self._plans:
             return
         capture = None if self._capture is None else self._capture.state()
         save_state(
             self._resume_path,
-            {"bases": self._bases.state(), "capture": capture},
+            {
+                "bases": self._bases.state(),
+                "capture": capture,
+                "seen": None if self._final_rows is None else self._final_rows.seen(),
+            },
             epoch=self._epoch or 0,
             step=self.trainer.global_step,
             processes=self.processes,

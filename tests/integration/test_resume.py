@@ -97,11 +97,11 @@ def train(
         codec: of the callback.
         after: step of the checkpoint to go on from.
         every: number of steps between checkpoints.
-        options: `epochs` for the callback, all others for the trainer.
+        options: `epochs` and `rows` for the callback, all others for the trainer.
     """
     path = folder / "influence.h5"
-    kept = {"epochs": options.pop("epochs")} if "epochs" in options else {}
-    callback = InfluenceCallback(path, codec=codec, on_error="raise", covariance_positions=None, **kept)
+    own: Any = {name: options.pop(name) for name in ("epochs", "rows") if name in options}
+    callback = InfluenceCallback(path, codec=codec, on_error="raise", covariance_positions=None, **own)
     saving = ModelCheckpoint(folder / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=every)
     trainer = make_trainer(
         folder, callback, saving, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options}
@@ -252,6 +252,29 @@ def autograd(model: Task) -> dict[str, Tensor]:
     examples = vector_data(N)
     found = per_example_gradients(model.net, [examples[n] for n in range(N)], loss, linear_layer_names(model.net))
     return {f"net.{name}": gradient for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_at_the_final_weights_are_of_the_examples_that_either_run_has_seen(
+    tmp_path: Path, codec: str
+) -> None:
+    train_until_the_end_comes(tmp_path, Ending(at=CRASH), codec=codec, every=SAVED, rows="final")
+    with pytest.warns(UserWarning, match="256 of 640 examples are missing"):
+        path = train(tmp_path, Ending(), codec=codec, every=SAVED, after=SAVED, rows="final")
+    reader, last = StoreReader(path), order(EPOCHS - 1)
+    assert reader.column("written")[last].tolist() == [1] * (len(AGAIN) + len(KEPT)) + [0] * len(LOST)
+    assert reader.attributes["is_resumed"]
+    assert set(reader.column("occurrences")) == {0, 1}
+    assert files(tmp_path) == {"influence.h5"}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_at_the_final_weights_of_a_run_resumed_between_epochs_are_those_of_one_that_never_stopped(
+    tmp_path: Path, codec: str
+) -> None:
+    whole = train(tmp_path / "whole", Ending(), codec=codec, rows="final")
+    train_until_the_end_comes(tmp_path / "resumed", Ending(at=10), codec=codec, rows="final")
+    assert_same(train(tmp_path / "resumed", Ending(), codec=codec, after=10, rows="final"), whole)
 
 
 # --- what was kept is gone, or of another run -----------------------------------------------------

@@ -380,3 +380,31 @@ def test_checkpoints_in_every_step_leave_the_file_and_training_as_they_are(tmp_p
     assert_same(often, train(tmp_path / "seldom", models[1], codec=codec))
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
     assert files(often.parent) == {"influence.h5"}
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.ddp
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+@pytest.mark.parametrize("codec", CODECS)
+def test_two_processes_resume_within_the_captured_epoch(tmp_path: Path, codec: str) -> None:
+    both: Any = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": True, "codec": codec}
+    model = Ending(0.0, 8)  # a process has 320 examples, or three batches, an epoch: steps 6, 7 and 8 are captured
+    with pytest.raises(Exception, match="the end"):
+        train(tmp_path, model, every=7, **both)
+    path = train(tmp_path, Ending(0.0), every=7, after=7, **both)
+    reader = StoreReader(path)
+    reader.verify_rows()
+    times = torch.from_numpy(reader.column("occurrences")).long()
+    assert reader.attributes["is_resumed"]
+    assert reader.attributes["processes"] == 2
+    assert reader.attributes["rows_missing"] == 2 * 64  # the last, short batches
+    true, written = autograd(Ending()), times > 0
+    for name, stored in stored_gradients(path).items():
+        error = (stored[written].double() - true[name][written]).norm() / true[name][written].norm()
+        assert error < (1e-5 if codec != "eigen" else 0.02)  # int8
+        basis, Lambda = stored_factors(path)[name]
+        expected = eigenvalue_correction(true[name].repeat_interleave(times, 0), basis.Q_A, basis.Q_S)
+        torch.testing.assert_close(Lambda, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+    assert files(tmp_path) == {"influence.h5"}

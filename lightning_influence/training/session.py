@@ -246,6 +246,7 @@ class CaptureSession:
             self._batches.close()
         self._indices.uninstall()
         self._drop_capture()
+        self._epoch = None
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

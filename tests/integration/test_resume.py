@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -97,14 +97,15 @@ def train(
         codec: of the callback.
         after: step of the checkpoint to go on from.
         every: number of steps between checkpoints.
-        options: `epochs` and `rows` for the callback, all others for the trainer.
+        options: `epochs` and `rows` for the callback, other `callbacks`, and all others for the trainer.
     """
     path = folder / "influence.h5"
+    others = options.pop("callbacks", [])
     own: Any = {name: options.pop(name) for name in ("epochs", "rows") if name in options}
     callback = InfluenceCallback(path, codec=codec, on_error="raise", covariance_positions=None, **own)
     saving = ModelCheckpoint(folder / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=every)
     trainer = make_trainer(
-        folder, callback, saving, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options}
+        folder, callback, saving, *others, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options}
     )
     checkpoint = None if after is None else folder / "saved" / f"step={after}.ckpt"
     trainer.fit(model, data(), ckpt_path=checkpoint, weights_only=None if after is None else True)
@@ -275,6 +276,19 @@ def test_rows_at_the_final_weights_of_a_run_resumed_between_epochs_are_those_of_
     whole = train(tmp_path / "whole", Ending(), codec=codec, rows="final")
     train_until_the_end_comes(tmp_path / "resumed", Ending(at=10), codec=codec, rows="final")
     assert_same(train(tmp_path / "resumed", Ending(), codec=codec, after=10, rows="final"), whole)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_survive_in_a_checkpoint_that_the_exception_itself_saves(tmp_path: Path, codec: str) -> None:
+    whole = train(tmp_path / "whole", Ending(), codec=codec)
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    saving = OnExceptionCheckpoint(str(folder / "saved"), f"step={SAVED}")
+    train_until_the_end_comes(folder, Ending(at=SAVED), codec=codec, every=100, callbacks=[saving])
+    resumed, last = train(folder, Ending(), codec=codec, after=SAVED), order(EPOCHS - 1)
+    assert_same(resumed, whole, last[KEPT])
+    assert StoreReader(resumed).column("written").sum() == N - len(LOST)
+    assert files(folder) == {"influence.h5"}
 
 
 # --- what was kept is gone, or of another run -----------------------------------------------------

@@ -185,6 +185,15 @@ def test_the_steps_before_the_checkpoint_count_in_a_basis_that_is_being_prepared
     assert_covariances_are_of(path, torch.from_numpy(seen), autograd(Ending()))
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_run_resumed_within_an_epoch_that_is_not_looked_at_has_all_rows(tmp_path: Path, codec: str) -> None:
+    train_until_the_end_comes(tmp_path, Ending(at=4), codec=codec, every=3)
+    reader = StoreReader(train(tmp_path, Ending(), codec=codec, every=3, after=3))
+    assert reader.column("occurrences").tolist() == [1] * N
+    assert not reader.attributes["is_resumed"]
+    assert (reader.attributes["batches_captured"], reader.attributes["batches_planned"]) == (BATCHES, BATCHES)
+
+
 # --- within the captured epoch --------------------------------------------------------------------
 
 

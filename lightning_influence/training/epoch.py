@@ -44,7 +44,7 @@ class EpochCapture:
         self.recorder: Recorder | None = None
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
         self._staleness = StalenessProbe()
-        self._batches = 0
+        self._batches = self._added = 0
         self._is_resumed = False
         self._attributes: dict[str, Any] = {"epoch": trainer.current_epoch, "step_start": trainer.global_step}
         if processes.is_first:
@@ -64,9 +64,14 @@ class EpochCapture:
     def add(self, batch: CapturedBatch) -> None:
         """Record a batch's rows."""
         assert self.recorder is not None
+        self._added += 1
         self.recorder.update(
             batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )
+
+    def has_trained(self) -> bool:
+        """Whether a batch had a backward in any process; all ask together, after the epoch's last batch."""
+        return sum(self._processes.total(self._added)) > 0
 
     def lay_out_if_ready(self, is_last: bool) -> None:
         """Choose what rows keep, all processes together, once there are examples enough."""
@@ -97,6 +102,7 @@ class EpochCapture:
             self.recorder.resume(state["recorder"], step=step, device=self._model.device)
             self._attributes |= state["attributes"]
             self._batches += state["batches"]
+            self._added += state["batches"]
 
     def suspend(self) -> None:
         """Leave the unfinished file for a resumed run."""

@@ -199,6 +199,8 @@ class CaptureSession:
         self._prepare_recorder()
         with together():
             self._take_in(batch, is_new)
+        if is_last and self._capture is not None and self._capture.recorder and not self._capture.has_trained():
+            self._drop_capture()  # the batch norm update of weight averaging, say
         if self._capture is not None:
             self._capture.lay_out_if_ready(is_last)
         if is_last and self._plans:

@@ -20,7 +20,7 @@ from lightning_influence.errors import StoreError
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
-from lightning_influence.training.checkpoints import CheckpointAttachment
+from lightning_influence.training.checkpoints import CheckpointAttachment, saves_on_exception
 from lightning_influence.training.options import CaptureOptions, Epochs, Rows, check_choice
 from lightning_influence.training.session import CaptureSession
 
@@ -236,7 +236,9 @@ class InfluenceCallback(Callback):
             self._session.end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook and no unfinished file (Lightning calls no `teardown` after an exception)."""
+        """Leave no hook and no unfinished file that no checkpoint needs (Lightning calls no `teardown` here)."""
+        if saves_on_exception(trainer):  # after us, as Lightning orders callbacks
+            self._save_for_resume()
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -50,10 +50,15 @@ NOT checked: that the values are finite or make sense, and who wrote them. A che
 accidents, not forgery. Truncating a file while it is mapped ends the reading process (SIGBUS).
 
 What a captured run adds
-    Attributes: ``epoch``, ``step_start``, ``step_end`` (optimizer steps), ``weights_hash_start`` and
-    ``weights_hash_end`` (SHA-256, ``functional.weights``), ``fisher``, ``loss``, ``rows_written``,
-    ``rows_invalid``, ``rows_missing``, ``bytes_per_row``, ``staleness_spearman`` (NaN: not measured,
-    ``staleness_note`` says why), ``codec_spearman`` (measured with it). Documents: ``layers``
+    Attributes: ``epoch`` (counted from 0), ``step_start``, ``step_end`` (optimizer steps),
+    ``weights_hash_start`` and ``weights_hash_end`` (SHA-256, ``functional.weights``), ``fisher``, ``loss``,
+    ``rows`` ("online": each row at the weights of its step; "final": all at those of the end), ``rows_written``,
+    ``rows_invalid``, ``rows_missing``, ``bytes_per_row``, ``batches_captured`` (in the first process) and
+    ``batches_planned`` (of the epoch; -1: unknown), ``is_resumed`` (within this epoch, of which rows may then be
+    missing), ``processes`` (that trained together), ``staleness_spearman`` (NaN: not measured,
+    ``staleness_note`` says why), ``codec_spearman`` (measured with it). Files whose ``rows`` are "final" count no
+    batches; those of ``capture``, which knows of no training, have no ``epoch``, step, ``is_resumed`` or
+    ``processes`` either. Files older than ``rows`` are "online". Documents: ``layers``
     (in the model's order: name, ``has_bias``, ``batch_dim``, ``structure``, codec, its config),
     ``coverage``, ``loss``, ``versions``.
 

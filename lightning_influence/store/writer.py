@@ -38,9 +38,9 @@ class StoreWriter:
     Until `finish` returns, everything is in `partial_path`; a file already at `path` stays as it
     is and is then replaced in one step.
 
-    Several processes of one machine may write one file together. Each has a writer made with the same
-    arguments: one calls `create`; when it is done, the others call `join`, write and `leave`; when all
-    have left, the first calls `finish`. Order them by barriers, and leave each row to one process.
+    Several processes of one machine may write one file together. Each has a writer made with the same arguments:
+    one calls `create`; when it is done, the others call `join`, write and `leave`; then the first calls
+    `finish`. Order them by barriers, and leave each row to one process.
 
     Args:
         path: where the finished file will be. Nothing is written before `create`.
@@ -147,9 +147,7 @@ class StoreWriter:
         self._layers = {layer: tuple(named) for layer, named in layers.items()}
 
     def take_over(self, layers: Mapping[str, Mapping[str, ArraySpec]], unfinished: str) -> None:
-        """Go on with the file that an earlier run of the same id has left with `suspend`, or by dying.
-
-        It gets another name first, so that of two runs that want it one has it.
+        """Go on with the file that an earlier run of the same id has left, under a name that is this run's own.
 
         Args:
             layers: as that run gave to `create`.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.strategies import Strategy
 
 from lightning_influence.attachment import CHECKPOINT_KEY
@@ -48,6 +49,14 @@ class CheckpointAttachment:
             self._saving.states.remove(self._state)
             self._saving.retire()
         self._saving = self._state = None
+
+
+def saves_on_exception(trainer: Trainer) -> bool:
+    """Whether another callback saves a checkpoint when training ends with an exception."""
+    return any(
+        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
 
 
 class _Saving:

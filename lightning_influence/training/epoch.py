@@ -74,6 +74,10 @@ class EpochCapture:
             batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )
 
+    def has_examples(self) -> bool:
+        """Whether a batch had a backward in any process; all ask together, after the epoch's last batch."""
+        return sum(self._processes.total(0 if self.recorder is None else self.recorder.examples)) > 0
+
     def lay_out_if_ready(self, is_last: bool) -> None:
         """Choose what rows keep, all processes together, once there are examples enough."""
         recorder = self.recorder

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.functional.kronecker import Eigenbasis
@@ -50,6 +52,7 @@ class FinalRows:
     def __init__(self, trainer: Trainer, model: LightningModule, options: CaptureOptions) -> None:
         self._trainer, self._model, self._options = trainer, model, options
         self._seen: list[np.ndarray] = []
+        self._is_resumed = False  # within the epoch
         self.epoch = -1
         if trainer.world_size > 1:
             raise UnsupportedTrainingError(
@@ -64,11 +67,22 @@ class FinalRows:
 
     def start_epoch(self) -> None:
         """Rows will be of this epoch's examples."""
-        self._seen, self.epoch = [], self._trainer.current_epoch
+        self._seen, self.epoch, self._is_resumed = [], self._trainer.current_epoch, False
+
+    def resume(self, seen: Tensor | None) -> None:
+        """Go on within an epoch of which an earlier run has seen these examples, int64 [n]; None: not known."""
+        self._is_resumed = True
+        if seen is not None:
+            self._seen.append(seen.numpy())
 
     def see(self, rows: np.ndarray) -> None:
         """Training sees these examples."""
         self._seen.append(rows)
+
+    def seen(self) -> Tensor:
+        """The examples that training has seen in this epoch, int64 [n]."""
+        seen = np.unique(np.concatenate([np.empty(0, np.int64), *self._seen]))
+        return torch.from_numpy(seen[seen >= 0])
 
     def warn_of_order(self, callback: Callback) -> None:
         """Weights that another callback replaces after ours has run are not those of the rows."""
@@ -90,7 +104,6 @@ class FinalRows:
             bases: of the last epoch; layers without one cost a second pass.
         """
         began, options, model = time.monotonic(), self._options, self._model
-        seen = np.concatenate(self._seen)
         key = options.index_key
         with kept_random_states():
             batches = ExampleBatches(
@@ -98,7 +111,7 @@ class FinalRows:
                 model,
                 index_fn=options.index_fn if key is None else itemgetter(key),
                 num_examples=num_examples,
-                wanted=np.unique(seen[seen >= 0]),
+                wanted=self.seen().numpy(),
             )
             sweep = Sweep(
                 model, layers=options.layers, codec=options.codec, loss=options.loss, trainer=self._trainer
@@ -120,6 +133,7 @@ class FinalRows:
                 step, rate = self._trainer.global_step, learning_rate(self._trainer)
                 sweep.rows(visited, recorder, step_index=step, learning_rate=rate)
                 facts = {"epoch": self.epoch, "step_start": step, "step_end": step, "loss": options.loss}
+                facts |= {"is_resumed": self._is_resumed, "processes": 1}
                 agreement, counts = finish_sweep(recorder, sweep, model, facts)
             except BaseException:
                 recorder.discard()
@@ -128,6 +142,8 @@ class FinalRows:
         report.report_file(
             self._trainer, path, epoch=self.epoch, counts=counts, agreement=agreement, seconds=seconds
         )
+        if self._is_resumed:
+            report.warn_of_resumed_epoch(path, self.epoch, counts)
         return agreement
 
     def _loader(self) -> Any:

@@ -87,7 +87,7 @@ class Resumption:
         self,
         target: Path,
         plans: Mapping[str, LayerPlan],
-        bases: Mapping[str, Any],
+        parts: Mapping[str, Any],
         capture: dict[str, Any] | None,
         *,
         step: int,
@@ -98,7 +98,7 @@ class Resumption:
         Args:
             target: of `resume_path`.
             plans: how layers are stored.
-            bases: state of the bases.
+            parts: what else is kept, plain values and tensors.
             capture: state of the epoch's capture; None keeps what was saved of it before.
             step: optimizer steps taken.
             processes: that train together.
@@ -106,8 +106,8 @@ class Resumption:
         self.capture = capture or self.capture
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f"{target.name}.new")
-        state = {"version": VERSION, "step": step, "processes": processes.size}
-        parts = {"plans": _described(plans), "bases": bases, "capture": self.capture}
+        state: dict[str, Any] = {"version": VERSION, "step": step, "processes": processes.size}
+        state |= {"plans": _described(plans), "capture": self.capture}
         torch.save({**state, **parts}, unfinished)
         os.replace(unfinished, target)
 

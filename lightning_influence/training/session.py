@@ -140,6 +140,8 @@ class CaptureSession:
         if self._epoch is None:  # Lightning does not announce an epoch that it resumes
             self._begin_epoch()
             self._resumption.is_within_epoch = batch_idx > 0
+            if self._final_rows is not None and batch_idx > 0:
+                self._final_rows.resume(self._resumption.state["seen"] if self._resumption.state else None)
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._track()
         if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():
@@ -201,6 +203,8 @@ class CaptureSession:
         self._prepare_recorder()
         with together():
             self._take_in(batch, is_new)
+        if is_last and self._capture is not None and not self._capture.has_examples():
+            self._drop_capture()  # the batch norm update of weight averaging, say
         if self._capture is not None:
             self._capture.lay_out_if_ready(is_last)
         self._is_epoch_whole = is_last
@@ -250,6 +254,7 @@ class CaptureSession:
         self._batches.close()
         self._indices.uninstall()
         self._drop_capture()
+        self._is_over = True
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -349,9 +354,6 @@ class CaptureSession:
         """After an epoch's last batch: the file, and bases for the next."""
         capture, processes = self._capture, self.processes
         if capture is not None and capture.recorder is not None:
-            if not processes.total(capture.recorder.examples)[0]:  # an epoch without backwards
-                self._drop_capture()
-                return
             self._agreement = capture.finish(self.path, self._batches.tracking, self._indices.datasets)
             self.finished_epoch, self._capture, self._resumption.capture = capture.epoch, None, None
             with processes.together():
@@ -365,12 +367,13 @@ class CaptureSession:
         if self._is_over or self._failure is not None or not self._plans:
             return
         capture = None if self._capture is None else self._capture.state()
-        if capture is None and self._bases.is_empty and self._resumption.capture is None:
+        seen = None if self._final_rows is None else self._final_rows.seen()
+        if capture is None and seen is None and self._bases.is_empty and self._resumption.capture is None:
             return
         self._resumption.save(
             self._resume_path,
             self._plans,
-            self._bases.state(),
+            {"bases": self._bases.state(), "seen": seen},
             capture,
             step=self.trainer.global_step,
             processes=self.processes,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -97,14 +97,15 @@ def train(
         codec: of the callback.
         after: step of the checkpoint to go on from.
         every: number of steps between checkpoints.
-        options: `epochs` for the callback, all others for the trainer.
+        options: `epochs` and `rows` for the callback, other `callbacks`, and all others for the trainer.
     """
     path = folder / "influence.h5"
-    kept = {"epochs": options.pop("epochs")} if "epochs" in options else {}
-    callback = InfluenceCallback(path, codec=codec, on_error="raise", covariance_positions=None, **kept)
+    others = options.pop("callbacks", [])
+    own: Any = {name: options.pop(name) for name in ("epochs", "rows") if name in options}
+    callback = InfluenceCallback(path, codec=codec, on_error="raise", covariance_positions=None, **own)
     saving = ModelCheckpoint(folder / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=every)
     trainer = make_trainer(
-        folder, callback, saving, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options}
+        folder, callback, saving, *others, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **options}
     )
     checkpoint = None if after is None else folder / "saved" / f"step={after}.ckpt"
     trainer.fit(model, data(), ckpt_path=checkpoint, weights_only=None if after is None else True)
@@ -184,6 +185,15 @@ def test_the_steps_before_the_checkpoint_count_in_a_basis_that_is_being_prepared
     assert_covariances_are_of(path, torch.from_numpy(seen), autograd(Ending()))
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_run_resumed_within_an_epoch_that_is_not_looked_at_has_all_rows(tmp_path: Path, codec: str) -> None:
+    train_until_the_end_comes(tmp_path, Ending(at=4), codec=codec, every=3)
+    reader = StoreReader(train(tmp_path, Ending(), codec=codec, every=3, after=3))
+    assert reader.column("occurrences").tolist() == [1] * N
+    assert not reader.attributes["is_resumed"]
+    assert (reader.attributes["batches_captured"], reader.attributes["batches_planned"]) == (BATCHES, BATCHES)
+
+
 # --- within the captured epoch --------------------------------------------------------------------
 
 
@@ -252,6 +262,42 @@ def autograd(model: Task) -> dict[str, Tensor]:
     examples = vector_data(N)
     found = per_example_gradients(model.net, [examples[n] for n in range(N)], loss, linear_layer_names(model.net))
     return {f"net.{name}": gradient for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_at_the_final_weights_are_of_the_examples_that_either_run_has_seen(
+    tmp_path: Path, codec: str
+) -> None:
+    train_until_the_end_comes(tmp_path, Ending(at=CRASH), codec=codec, every=SAVED, rows="final")
+    with pytest.warns(UserWarning, match="256 of 640 examples are missing"):
+        path = train(tmp_path, Ending(), codec=codec, every=SAVED, after=SAVED, rows="final")
+    reader, last = StoreReader(path), order(EPOCHS - 1)
+    assert reader.column("written")[last].tolist() == [1] * (len(AGAIN) + len(KEPT)) + [0] * len(LOST)
+    assert reader.attributes["is_resumed"]
+    assert set(reader.column("occurrences")) == {0, 1}
+    assert files(tmp_path) == {"influence.h5"}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_at_the_final_weights_of_a_run_resumed_between_epochs_are_those_of_one_that_never_stopped(
+    tmp_path: Path, codec: str
+) -> None:
+    whole = train(tmp_path / "whole", Ending(), codec=codec, rows="final")
+    train_until_the_end_comes(tmp_path / "resumed", Ending(at=10), codec=codec, rows="final")
+    assert_same(train(tmp_path / "resumed", Ending(), codec=codec, after=10, rows="final"), whole)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_survive_in_a_checkpoint_that_the_exception_itself_saves(tmp_path: Path, codec: str) -> None:
+    whole = train(tmp_path / "whole", Ending(), codec=codec)
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    saving = OnExceptionCheckpoint(str(folder / "saved"), f"step={SAVED}")
+    train_until_the_end_comes(folder, Ending(at=SAVED), codec=codec, every=100, callbacks=[saving])
+    resumed, last = train(folder, Ending(), codec=codec, after=SAVED), order(EPOCHS - 1)
+    assert_same(resumed, whole, last[KEPT])
+    assert StoreReader(resumed).column("written").sum() == N - len(LOST)
+    assert files(folder) == {"influence.h5"}
 
 
 # --- what was kept is gone, or of another run -----------------------------------------------------
@@ -363,3 +409,31 @@ def test_checkpoints_in_every_step_leave_the_file_and_training_as_they_are(tmp_p
     assert_same(often, train(tmp_path / "seldom", models[1], codec=codec))
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
     assert files(often.parent) == {"influence.h5"}
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.ddp
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+@pytest.mark.parametrize("codec", CODECS)
+def test_two_processes_resume_within_the_captured_epoch(tmp_path: Path, codec: str) -> None:
+    both: Any = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": True, "codec": codec}
+    model = Ending(0.0, 8)  # a process has 320 examples, or three batches, an epoch: steps 6, 7 and 8 are captured
+    with pytest.raises(Exception, match="the end"):
+        train(tmp_path, model, every=7, **both)
+    path = train(tmp_path, Ending(0.0), every=7, after=7, **both)
+    reader = StoreReader(path)
+    reader.verify_rows()
+    times = torch.from_numpy(reader.column("occurrences")).long()
+    assert reader.attributes["is_resumed"]
+    assert reader.attributes["processes"] == 2
+    assert reader.attributes["rows_missing"] == 2 * 64  # the last, short batches
+    true, written = autograd(Ending()), times > 0
+    for name, stored in stored_gradients(path).items():
+        error = (stored[written].double() - true[name][written]).norm() / true[name][written].norm()
+        assert error < (1e-5 if codec != "eigen" else 0.02)  # int8
+        basis, Lambda = stored_factors(path)[name]
+        expected = eigenvalue_correction(true[name].repeat_interleave(times, 0), basis.Q_A, basis.Q_S)
+        torch.testing.assert_close(Lambda, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+    assert files(tmp_path) == {"influence.h5"}

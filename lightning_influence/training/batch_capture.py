@@ -141,7 +141,7 @@ class BatchCapture:
         if is_checked and not is_sum and has_exact_average(self.trainer):
             self._is_averaged = backward_averages(self.trainer)
             self.tracking.start_check()
-        self._loss = loss.detach().clone()
+        self._loss = loss.detach().clone() if not is_sum else self._loss + loss.detach()
 
     def after_backward(self) -> None:
         """Look at the gradients and, if nothing more will be added to them, take them before anything changes."""

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_influence.errors import QueryError
 from lightning_influence.layers import TrackedLayer, UseShape
@@ -207,6 +208,25 @@ def kept_random_states() -> Iterator[None]:
         yield
     finally:
         isolation.__exit__(None, None, None)
+
+
+@contextmanager
+def without_other_processes() -> Iterator[None]:
+    """Ask in this process alone: a step that talks to others, who are not asked, would wait for ever."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    with _RefusingCollectives():
+        yield
+
+
+class _RefusingCollectives(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "c10d" in func.namespace:
+            raise QueryError("`training_step` talks to other processes, which are not asked.")
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

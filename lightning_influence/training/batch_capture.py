@@ -224,6 +224,7 @@ class BatchCapture:
     def _forget(self) -> None:
         self._backwards = 0
         self._is_averaged = False
+        self._loss = torch.zeros(())  # of the backwards that are compared as a whole
         self._parts: list[StepGradients] = []
         self._shapes: dict[str, list[UseShape]] = {}
 

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from lightning_influence.errors import QueryError
 from lightning_influence.layers import TrackedLayer, UseShape
-from lightning_influence.training.asking import copy_to_ask, kept_random_states, shapes_seen
+from lightning_influence.training.asking import (
+    copy_to_ask,
+    kept_random_states,
+    shapes_seen,
+    without_other_processes,
+)
 
 Shapes = Mapping[str, Sequence[UseShape]]
 
@@ -65,7 +70,7 @@ def ask_copy(trainer: Trainer, model: LightningModule, layers: Mapping[str, Trac
     """
     if not model.automatic_optimization:
         raise QueryError("its `training_step` optimizes by itself")
-    with kept_random_states(), trainer.precision_plugin.forward_context():
+    with kept_random_states(), without_other_processes(), trainer.precision_plugin.forward_context():
         return shapes_seen(*copy_to_ask(model, layers), batch)
 
 

@@ -30,7 +30,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.layers import TrackedLayer
@@ -40,6 +39,7 @@ from lightning_influence.training.asking import (
     copy_to_ask,
     kept_random_states,
     training_objective,
+    without_other_processes,
 )
 from lightning_influence.training.mixed_targets import (
     HALF_TOLERANCE,
@@ -224,8 +224,7 @@ class _Inquiry:
                 for source in layer.sources:
                     hook = self._hook(seen, name, _batch_dim(source.module, layer))
                     asked.callback(source.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                asked.enter_context(_WithoutOtherProcesses())
+            asked.enter_context(without_other_processes())
             tap = asked.enter_context(LossTap())
             batch = self._with_replaced(replaced)
             before = _seeded_states(draw)
@@ -278,17 +277,6 @@ class _Clock:
         if value is not None and not isinstance(value, int | float):
             raise AttributeError(f"a copy of the model has no trainer whose `{name}` it could use.")
         return value
-
-
-class _WithoutOtherProcesses(TorchDispatchMode):
-    """Refuses to talk to other processes, which may be asked other questions."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if "c10d" in func.namespace:
-            raise _UnclearError
-        return func(*args, **(kwargs or {}))
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -31,7 +31,13 @@ from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import LossKind
-from lightning_influence.training.asking import copied, copy_to_ask, example_gradients, kept_random_states
+from lightning_influence.training.asking import (
+    copied,
+    copy_to_ask,
+    example_gradients,
+    kept_random_states,
+    without_other_processes,
+)
 
 EXAMPLES = 128
 QUERIES = 16
@@ -106,7 +112,7 @@ class StalenessProbe:
         if not model.automatic_optimization:
             return Agreement(note="not measured with manual optimization")
         try:
-            with kept_random_states(), trainer.precision_plugin.forward_context():
+            with kept_random_states(), without_other_processes(), trainer.precision_plugin.forward_context():
                 final = self._ask(*copy_to_ask(model, layers), loss)
             rows = np.concatenate([rows for rows, _ in self._kept])
             chosen = _sample(recorder.writer.read_column("valid")[rows].astype(bool))

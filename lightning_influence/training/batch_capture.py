@@ -96,6 +96,7 @@ class BatchCapture:
         self._sizes: Sequence[int] = ()
         self._is_armed = False
         self._rows: np.ndarray | None = None
+        self._loss: Tensor
         self._forget()
         self.track()
 
@@ -141,7 +142,7 @@ class BatchCapture:
         if is_checked and not is_sum and has_exact_average(self.trainer):
             self._is_averaged = backward_averages(self.trainer)
             self.tracking.start_check()
-        self._loss = loss.detach().clone() if not is_sum else self._loss + loss.detach()
+        self._loss = self._loss + loss.detach() if is_sum else loss.detach().clone()
 
     def after_backward(self) -> None:
         """Look at the gradients and, if nothing more will be added to them, take them before anything changes."""

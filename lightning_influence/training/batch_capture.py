@@ -238,6 +238,11 @@ class BatchCapture:
             self._shapes = {**shapes, **self._shapes}
             if not self._has_several_optimizers:
                 self._settle()
+            else:
+                others = {name: uses[0].shape[0] for name, uses in shapes.items() if uses[0].shape[0] != n}
+                reasons = {name: f"it saw {rows} rows in a batch of {n} examples" for name, rows in others.items()}
+                self.tracking.drop(reasons)
+                shapes = {name: uses for name, uses in shapes.items() if name not in others}
         if self._has_several_optimizers and not shapes:  # a backward of none of the layers
             return
         wanted, kept = self._wanted(), self._rows != NO_ROW

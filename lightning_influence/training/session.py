@@ -254,7 +254,7 @@ class CaptureSession:
         self._batches.close()
         self._indices.uninstall()
         self._drop_capture()
-        self._is_over = True
+        self._bases, self._is_over = BasisPreparation(self.options.covariance_positions), True
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence import InfluenceCallback, InfluenceModule
-from lightning_influence.errors import LayerError
+from lightning_influence.errors import LayerError, UnsupportedTrainingError
 from lightning_influence.store import StoreReader
 from tests.integration.lifecycle_models import CLASSES, FEATURES, Classifier, N, dataset, fit, loader
 from tests.integration.models import stored_factors, stored_gradients
@@ -164,7 +164,7 @@ def test_a_gan_is_asked_by_a_measurement(tmp_path: Path) -> None:
 
 def test_layers_that_two_backwards_reach_are_left_out_with_what_to_do(tmp_path: Path) -> None:
     model = Untoggled()
-    said = r"(?s)discriminator\.0 .*gradients from several backwards.*toggle_optimizer"
+    said = r"(?s)discriminator\.0 .*set to zero before an optimizer applies.*toggle_optimizer"
     with pytest.warns(UserWarning, match=said):
         path = train(tmp_path, model)
     assert_rows_are(path, {name: gradients for name, gradients in truth(model).items() if name in G_LAYERS})
@@ -178,7 +178,7 @@ def test_a_second_backward_in_the_captured_epoch_alone_is_refused(tmp_path: Path
             own = Gan.apply_loss if self.current_epoch == 0 else Untoggled.apply_loss
             own(self, optimizer, loss, batch)
 
-    with pytest.raises(LayerError, match=r"'discriminator\.\d'.*several backwards.*not so in the first batch"):
+    with pytest.raises(LayerError, match=r"'discriminator\.\d'.*set to zero before an optimizer applies.*not so in the first batch"):
         train(tmp_path, Later())
     assert not (tmp_path / "influence.h5").exists()
 
@@ -191,3 +191,110 @@ def test_two_optimizers_after_one_backward_have_all_layers(tmp_path: Path) -> No
         return F.cross_entropy(module(example[0][None]), example[1][None])
 
     assert_rows_are(path, per_example_gradients(model, examples, loss, ["layers.0", "layers.2"]))
+
+
+class Joined(Gan):
+    """The discriminator sees real and made inputs in one call, so it has two rows an example."""
+
+    def discriminator_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        inputs = torch.cat([F.one_hot(y, CLASSES).to(x), self.generator(x).detach()])
+        wanted = torch.cat([torch.ones(len(x), 1), torch.zeros(len(x), 1)])
+        return F.binary_cross_entropy_with_logits(self.discriminator(inputs), wanted)
+
+
+def test_a_layer_with_two_rows_an_example_is_left_out_and_the_others_are_kept(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"(?s)discriminator\.0 .*it saw 8 rows in a batch of 4 examples"):
+        path = train(tmp_path, Joined())
+    assert StoreReader(path).layers == tuple(G_LAYERS)
+
+
+class Alternating(Untoggled):
+    """The generator learns in even batches, the discriminator in odd ones."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.order = "gd"[batch_idx % 2]
+        super().training_step(batch, batch_idx)
+
+
+def test_gradients_that_no_optimizer_applies_are_refused(tmp_path: Path) -> None:
+    """In the generator's batches the discriminator gets gradients that its own `zero_grad` throws away."""
+    with pytest.raises(LayerError, match=r"'discriminator\.\d'.* set to zero before an optimizer applies them"):
+        train(tmp_path, Alternating(0.1))
+
+
+class ByHand(Classifier):
+    """One optimizer."""
+
+    def __init__(self, rate: float = 0.1) -> None:
+        super().__init__(rate)
+        self.automatic_optimization = False
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Sharpness(ByHand):
+    """As sharpness-aware minimization: the first gradient only says where the second is taken."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_gradient_that_is_thrown_away_between_two_backwards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayerError, match="set to zero before an optimizer applies them"):
+        train(tmp_path, Sharpness())
+
+
+class Untold(ByHand):
+    """Lightning is not told of its backward."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
+def test_a_backward_that_lightning_is_not_told_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedTrainingError, match=r"call `self\.manual_backward\(loss\)`"):
+        train(tmp_path, Untold())
+
+
+class Accumulating(ByHand):
+    """Two backwards of one batch are summed by hand."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(2):
+            self.manual_backward(self.loss(batch) / 2)
+        optimizer.step()
+
+
+def test_backwards_that_one_optimizer_sums_are_captured_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = train(tmp_path, Accumulating(0.0))
+    assert bool(StoreReader(path).column("valid").all())
+    assert not [str(warning.message) for warning in recwarn if "of the loss" in str(warning.message)]
+
+
+class Overwriting(ByHand):
+    """What a layer has seen is overwritten after the step, before its gradients are made."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        batch[0].zero_()
+
+
+def test_an_input_that_is_overwritten_after_the_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayerError, match="input was changed in place"):
+        train(tmp_path, Overwriting())

@@ -1,6 +1,7 @@
 """Every way of training against what is expected of it: `python -m tests.training_matrix [--only NAME]`.
 
-Each situation trains three times: without capture, with it, and with it at learning rate 0. The columns:
+Each situation trains three times: without capture, with it and, if that leaves a file, at learning rate 0. The
+columns:
 
 - training: whether weights, optimizer states and random states are bit-identical with and without capture.
 - file: which epochs it holds, all checksums compared.

@@ -26,7 +26,7 @@ def run_forked(target: Callable[[], object], output: Path, seconds: float = SECO
     Raises:
         TimeoutError: if there is no end to it.
     """
-    process = multiprocessing.get_context("fork").Process(target=_in_a_session, args=(target, output))
+    process = multiprocessing.get_context("fork").Process(target=_in_a_session, args=(target, output, os.getpid()))
     process.start()
     assert process.pid is not None
     try:
@@ -39,7 +39,7 @@ def run_forked(target: Callable[[], object], output: Path, seconds: float = SECO
 
 
 def run_command(command: Sequence[str], output: Path, seconds: float = SECONDS) -> int:
-    """Run a command that calls `end_with_parent`; its exit code.
+    """Run a command that calls `end_with_parent` by itself; its exit code.
 
     Raises:
         TimeoutError: if there is no end to it.
@@ -58,9 +58,8 @@ def run_command(command: Sequence[str], output: Path, seconds: float = SECONDS) 
     return _checked(code, output, seconds)
 
 
-def end_with_parent() -> None:
-    """Let this process's group end once the process that started it is gone."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """Let this process's group end once the process that started it is gone, which it may be already."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -70,9 +69,9 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _in_a_session(target: Callable[[], object], output: Path) -> None:
+def _in_a_session(target: Callable[[], object], output: Path, parent: int) -> None:
     os.setsid()
-    end_with_parent()
+    end_with_parent(parent)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)

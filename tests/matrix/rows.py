@@ -37,14 +37,18 @@ def measure(situation: Situation, folder: Path) -> Row:
     """Run a situation and compare it with what is expected of it."""
     plain = train(situation, folder / "plain", is_captured=False, is_still=False)
     moving = train(situation, folder / "moving", is_captured=True, is_still=False)
-    still = train(situation, folder / "still", is_captured=True, is_still=True)
+    training = "identical" if plain.digest == moving.digest else "differs"
     file, held = file_status(folder / "moving" / "influence.h5")
+    if not held:
+        row = Row(training, file, "-", math.nan, math.nan)
+        return replace(row, flaws=tuple(filter(None, [*_flaws(row, situation, moving), moving.flaw])))
+    still = train(situation, folder / "still", is_captured=True, is_still=True)
     still_file, still_held = file_status(folder / "still" / "influence.h5")
     found = [contents(reader, situation, still.weights) for reader in still_held]
     row = Row(
-        training="identical" if plain.digest == moving.digest else "differs",
+        training=training,
         file=file,
-        rows=contents(held[-1], situation, still.weights).rows if held else "-",
+        rows=contents(held[-1], situation, still.weights).rows,
         ratio=max((each.ratio for each in found), key=lambda ratio: abs(ratio - 1), default=math.nan),
         factors=max((each.factors for each in found), default=math.nan),
     )

@@ -53,7 +53,8 @@ def train(situation: Situation, folder: Path, *, is_captured: bool, is_still: bo
     else:
         flags = ["captured"] * is_captured + ["still"] * is_still
         code = run_command(
-            [sys.executable, "-m", "tests.matrix.script", situation.name, str(folder), *flags], output
+            [sys.executable, "-m", "tests.matrix.script", situation.name, str(folder), str(os.getpid()), *flags],
+            output,
         )
     if code:
         raise RuntimeError(f"the process ended with {code}: {tail_of(output)}")

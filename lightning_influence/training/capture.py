@@ -73,6 +73,7 @@ def capture(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from torch import Tensor
         >>> import torch.nn.functional as F
         >>> from torch.utils.data import DataLoader, TensorDataset

@@ -52,6 +52,7 @@ class Resumption:
         self.state: dict[str, Any] | None = None
         self.is_within_epoch = False
         self.capture: dict[str, Any] | None = None
+        self._taken: dict[str, Any] | None = None
 
     def load(self, target: Path, *, step: int, processes: Processes) -> None:
         """Read what the other run has kept for the checkpoint of this step, all processes together."""
@@ -77,11 +78,19 @@ class Resumption:
     def take_capture(self, epoch: int, folder: Path, processes: Processes) -> dict[str, Any] | None:
         """What was kept of this epoch's rows, once, if the unfinished file is still there."""
         state, self.state = self.state, None
+        self._taken = state
         capture = None if state is None else state["capture"]
         is_there = capture is not None and (folder / capture["recorder"]["unfinished"]).exists()
         if processes.from_first(is_there and capture["attributes"]["epoch"] == epoch):  # type: ignore[index]
             self.capture = capture
         return self.capture
+
+    def rename(self, target: Path, unfinished: str) -> None:
+        """The unfinished file has another name now, which a run needs that resumes from the same checkpoint."""
+        assert self._taken is not None
+        assert self.capture is not None
+        self.capture["recorder"]["unfinished"] = unfinished
+        _replace(target, self._taken)
 
     def save(
         self,
@@ -104,12 +113,16 @@ class Resumption:
             processes: that train together.
         """
         self.capture = capture or self.capture
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.new")
         state: dict[str, Any] = {"version": VERSION, "step": step, "processes": processes.size}
         state |= {"plans": _described(plans), "capture": self.capture}
-        torch.save({**state, **parts}, unfinished)
-        os.replace(unfinished, target)
+        _replace(target, {**state, **parts})
+
+
+def _replace(target: Path, state: Mapping[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.new")
+    torch.save(dict(state), unfinished)
+    os.replace(unfinished, target)
 
 
 def _described(plans: Mapping[str, LayerPlan]) -> dict[str, str]:

@@ -74,6 +74,9 @@ class CaptureSession:
         self._skips_rest = False
         self._is_epoch_whole = False  # whether the epoch has reached its last batch
         self._is_over = False
+        self._unchecked: list[
+            CapturedBatch
+        ] = []  # batches whose gradients overflowed, before the first that did not
         self._is_unmixed = False  # whether a captured epoch's batch was looked at for rows of several examples
         self._resumption = Resumption()
         self._failure: Exception | None = None
@@ -179,7 +182,7 @@ class CaptureSession:
             self._batches.after_backward()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Note what is applied, where Lightning does not do it."""
+        """Note what is applied."""
         if not self._skips_rest and not self.model.automatic_optimization:
             self._batches.before_step(optimizer)
 
@@ -194,15 +197,20 @@ class CaptureSession:
             batch = self._batches.finish(outputs)
         with together():
             self._batches.tracking.judge(self.processes)
-        is_new = not self._plans
+        layers = self._batches.tracking.layers
+        self._plans = {name: plan for name, plan in self._plans.items() if name in layers}
+        is_new, batches = not self._plans, [] if batch is None else [batch]
         if is_new:
-            self._make_plans(batch if self._batches.tracking.is_verified else None)
+            batches = self._unchecked = [*self._unchecked, *batches]
+            is_checked = self._batches.tracking.is_verified or is_last
+            self._make_plans(batches[-1] if batches and is_checked else None)
             with together():
                 if (state := self._resumption.fitting(self._plans)) is not None:
                     self._bases.load(state["bases"], self._plans)
         self._prepare_recorder()
         with together():
-            self._take_in(batch, is_new)
+            for batch in batches if self._plans else ():
+                self._take_in(batch, is_new)
         if is_last and self._capture is not None and not self._capture.has_examples():
             self._drop_capture()  # the batch norm update of weight averaging, say
         if self._capture is not None:
@@ -304,18 +312,19 @@ class CaptureSession:
             capture.recorder = self._make_recorder()
         if self._resumption.is_within_epoch:
             capture.resume(self._resumption.take_capture(capture.epoch, self.path.parent, self.processes))
+            with self.processes.together():
+                if self._resumption.capture is not None and capture.unfinished is not None:
+                    self._resumption.rename(self._resume_path, capture.unfinished.name)
 
-    def _take_in(self, batch: CapturedBatch | None, is_new: bool) -> None:
+    def _take_in(self, batch: CapturedBatch, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""
-        if not self._plans:
-            return
+        self._unchecked = []
         if self._records_rows:
             assert self._capture is not None
-            if batch is not None:
-                step = batch.step
-                gradients = {name: step.gradients[name] for name in self._plans}
-                self._capture.add(replace(batch, step=replace(step, gradients=gradients)))
-        elif is_new and batch is not None and self._prepares_bases:
+            step = batch.step
+            gradients = {name: step.gradients[name] for name in self._plans}
+            self._capture.add(replace(batch, step=replace(step, gradients=gradients)))
+        elif is_new and self._prepares_bases:
             self._bases.add(batch, self._plans)
 
     def _look_for_mixing(self, *, is_captured: bool) -> None:

@@ -178,7 +178,10 @@ def test_a_second_backward_in_the_captured_epoch_alone_is_refused(tmp_path: Path
             own = Gan.apply_loss if self.current_epoch == 0 else Untoggled.apply_loss
             own(self, optimizer, loss, batch)
 
-    with pytest.raises(LayerError, match=r"'discriminator\.\d'.*set to zero before an optimizer applies.*not so in the first batch"):
+    with pytest.raises(
+        LayerError,
+        match=r"'discriminator\.\d'.*set to zero before an optimizer applies.*not so in the first batch",
+    ):
         train(tmp_path, Later())
     assert not (tmp_path / "influence.h5").exists()
 

@@ -52,7 +52,7 @@ class Asks(Callback):
             return
         batch, n = self._batch, len(self._batch[0])
         ask = partial(ask_copy, trainer, model, self._layers)
-        layers, _ = find_batch_dims(self._layers, self._capture.shapes(), batch, n, ask)
+        layers, _ = find_batch_dims(self._layers, self._capture.shapes(), batch, (n,), ask)
         self.found = find_mixing(trainer, model, layers, batch, n)
         self.targets = find_mixed_targets(batch, n)
         if self.checks:

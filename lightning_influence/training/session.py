@@ -197,8 +197,7 @@ class CaptureSession:
             batch = self._batches.finish(outputs)
         with together():
             self._batches.tracking.judge(self.processes)
-        layers = self._batches.tracking.layers
-        self._plans = {name: plan for name, plan in self._plans.items() if name in layers}
+        self._plans = {n: plan for n, plan in self._plans.items() if n in self._batches.tracking.layers}
         is_new, batches = not self._plans, [] if batch is None else [batch]
         if is_new:
             batches = self._unchecked = [*self._unchecked, *batches]
@@ -321,9 +320,8 @@ class CaptureSession:
         self._unchecked = []
         if self._records_rows:
             assert self._capture is not None
-            step = batch.step
-            gradients = {name: step.gradients[name] for name in self._plans}
-            self._capture.add(replace(batch, step=replace(step, gradients=gradients)))
+            gradients = {name: batch.step.gradients[name] for name in self._plans}
+            self._capture.add(replace(batch, step=replace(batch.step, gradients=gradients)))
         elif is_new and self._prepares_bases:
             self._bases.add(batch, self._plans)
 

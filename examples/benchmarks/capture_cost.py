@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_influence
 from lightning_influence import InfluenceCallback
 from lightning_influence.recorder import Recorder
-from lightning_influence.training.session import CaptureSession
+from lightning_influence.training.epoch import EpochCapture
 from lightning_influence.training.staleness import StalenessProbe
 
 PACKAGE = str(Path(lightning_influence.__file__).parent)
@@ -249,7 +249,7 @@ class EpochEnd(Callback):
 def timed_parts(fit: Fit) -> Iterator[None]:
     """Adds up the time of the steps that finish a file."""
     steps = (
-        (CaptureSession, "_finish", "finish"),
+        (EpochCapture, "finish", "finish"),
         (Recorder, "factors", "factors"),
         (StalenessProbe, "measure", "staleness"),
         (Recorder, "finish", "file"),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -28,6 +28,7 @@ from torch.utils.data import (
 )
 
 from lightning_influence.errors import RowIndexError
+from lightning_influence.training.index_lookup import to_indices
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.options import IndexFn
 
@@ -79,7 +80,7 @@ class ExampleBatches:
         with _kept_generators(self._loader):
             for batch in self._loader:
                 batch = moved(self._model, batch)
-                indices = _checked(self._index_fn(batch), "`index_fn`", self.num_examples)
+                indices = to_indices(self._index_fn(batch), "`index_fn`", self.num_examples)
                 if self._wanted is not None:
                     indices = np.where(np.isin(indices, self._wanted), indices, NO_ROW)
                 if (indices != NO_ROW).any():
@@ -122,9 +123,7 @@ def drawn_by_sampler(loader: DataLoader, num_examples: int) -> np.ndarray:
     if type(source) is WeightedRandomSampler:
         return np.flatnonzero(np.asarray(source.weights) > 0)
     with _kept_generators(loader, source):
-        draws = [
-            np.atleast_1d(_checked(drawn, "The sampler", num_examples)) for drawn in islice(source, num_examples)
-        ]
+        draws = [to_indices(drawn, "The sampler", num_examples) for drawn in islice(source, num_examples)]
     if not draws:
         raise RowIndexError(f"The sampler {type(source).__name__} draws no index; pass a loader with examples.")
     return np.unique(np.concatenate(draws))
@@ -197,19 +196,6 @@ def _own_loader(loader: DataLoader, chunks: Sequence[np.ndarray]) -> DataLoader:
     if not _draws_batches(loader.sampler):
         return DataLoader(loader.dataset, batch_size=None, sampler=[index for (index,) in batches], **options)
     return DataLoader(loader.dataset, batch_size=None, sampler=batches, **options)
-
-
-def _checked(found: Any, source: str, num_examples: int) -> np.ndarray:
-    """Int64 [n], or an error that names where the indices come from."""
-    indices = np.atleast_1d(found.cpu() if isinstance(found, Tensor) else np.asarray(found))
-    if indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise RowIndexError(f"{source} must give one integer index per row, got {type(found).__name__} {found!r}.")
-    outside = indices[(indices < 0) | (indices >= num_examples)]
-    if outside.size:
-        raise RowIndexError(
-            f"{source} must give indices from 0 and below the dataset's length {num_examples}, got {outside[0]}."
-        )
-    return indices.astype(np.int64)
 
 
 @contextmanager

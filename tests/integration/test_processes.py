@@ -19,8 +19,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence import InfluenceModule
+from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.store import StoreReader
+from tests.integration.lifecycle_models import Classifier, loader, make_trainer
 from tests.integration.models import vector_data
 from tests.matrix.children import run_forked
 from tests.matrix.measuring import contents, error_of, file_status, segments
@@ -200,3 +201,17 @@ def test_each_epoch_of_two_ranks_is_a_whole_one_where_the_run_may_stop(tmp_path:
 def with_limit(options: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Steps end in the third epoch, after one of its three batches."""
     return {**options(), "max_epochs": 3, "max_steps": 7}
+
+
+def fork_and_save(folder: Path) -> None:
+    callback = InfluenceCallback(folder / "influence.h5", on_error="raise")
+    trainer = make_trainer(folder, callback, strategy="ddp_fork", devices=2)
+    trainer.fit(Classifier(), loader(23))
+    trainer.save_checkpoint(folder / "last.ckpt")
+
+
+def test_a_checkpoint_saved_by_the_process_that_forked_the_others_finds_their_file(tmp_path: Path) -> None:
+    output = tmp_path / "output.txt"
+    assert run_forked(partial(fork_and_save, tmp_path), output) == 0, output.read_text()
+    influence = InfluenceModule.from_checkpoint(tmp_path / "last.ckpt", Classifier)
+    assert influence.store.attributes["processes"] == 2

@@ -234,7 +234,7 @@ class InfluenceModule(LightningModule):
         if facts.get("rows") == "final":
             lines.insert(1, "captured in eval mode, at the weights after training")
         elif "epoch" in facts:
-            resumed = ", which was resumed in its middle" if facts.get("is_resumed") else ""
+            resumed = "" if facts.get("is_whole", True) else " (a part of it: it was resumed, or cut short)"
             lines[1:1] = [
                 f"captured in epoch {facts['epoch']}{resumed}, optimizer steps {facts['step_start']} to "
                 f"{facts['step_end']}, {facts['fisher']} Fisher",

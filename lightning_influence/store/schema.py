@@ -55,7 +55,8 @@ What a captured run adds
     ``rows`` ("online": each row at the weights of its step; "final": all at those of the end), ``rows_written``,
     ``rows_invalid``, ``rows_missing``, ``bytes_per_row``, ``batches_captured`` (in the first process) and
     ``batches_planned`` (of the epoch; -1: unknown), ``is_resumed`` (within this epoch, of which rows may then be
-    missing), ``processes`` (that trained together), ``staleness_spearman`` (NaN: not measured,
+    missing), ``is_whole`` (false if resumed, or cut short in a run without a whole epoch), ``processes`` (that
+    trained together), ``staleness_spearman`` (NaN: not measured,
     ``staleness_note`` says why), ``codec_spearman`` (measured with it). Files whose ``rows`` are "final" count no
     batches; those of ``capture``, which knows of no training, have no ``epoch``, step, ``is_resumed`` or
     ``processes`` either. Files older than ``rows`` are "online". Documents: ``layers``

@@ -152,6 +152,8 @@ class EpochCapture:
                 )
                 if self._is_resumed:
                     report.warn_of_resumed_epoch(path, self.epoch, counts)
+                elif not trainer.is_last_batch:
+                    report.warn_of_part_of_epoch(path, self.epoch, counts)
         return agreement
 
     def next_bases(self) -> Mapping[str, Eigenbasis]:
@@ -175,6 +177,7 @@ class EpochCapture:
             "fisher": self._options.fisher,
             "loss": self._options.loss,
             "is_resumed": self._is_resumed,
+            "is_whole": bool(self._trainer.is_last_batch) and not self._is_resumed,
             "processes": self._processes.size,
             "staleness_spearman": agreement.staleness,
             "staleness_note": agreement.note,

@@ -158,7 +158,7 @@ def warn_of_no_file(path: Path, wanted: int | None) -> None:
     rank_zero_warn(
         "InfluenceCallback: training ended without a complete captured epoch"
         + (f" (epoch {wanted} was to be captured)" if wanted is not None else "")
-        + f", so {path} was not written. Train at least one whole epoch, from its start."
+        + f", so {path} was not written. Train at least one whole epoch, or call `capture(model, loader, path)`."
     )
 
 
@@ -173,6 +173,16 @@ def warn_of_partial_epoch(
     rank_zero_warn(
         f"InfluenceCallback: epoch {epoch} ended before its last batch, so its rows are not whole and were "
         f"{rows}. {left}"
+    )
+
+
+def warn_of_part_of_epoch(path: Path, epoch: int, counts: RecordedCounts) -> None:
+    """Training ended within the first epoch that was captured."""
+    rank_zero_warn(
+        f"InfluenceCallback: epoch {epoch} ended before its last batch, and no whole one was captured before: "
+        f"{path} holds the {counts.written:,} of {counts.written + counts.missing:,} examples that it has seen, "
+        "with factors of these alone (its attribute `is_whole` is false). Train a whole epoch, or call "
+        "`capture(model, loader, path)`."
     )
 
 

@@ -85,12 +85,11 @@ class Resumption:
             self.capture = capture
         return self.capture
 
-    def rename(self, target: Path, unfinished: str) -> None:
-        """The unfinished file has another name now, which a run needs that resumes from the same checkpoint."""
-        assert self._taken is not None
-        assert self.capture is not None
-        self.capture["recorder"]["unfinished"] = unfinished
-        _replace(target, self._taken)
+    def rename(self, target: Path, unfinished: Path | None) -> None:
+        """What was taken has another name now, which a run needs that resumes from the same checkpoint."""
+        if self.capture is not None and self._taken is not None and unfinished is not None:
+            self.capture["recorder"]["unfinished"] = unfinished.name
+            _replace(target, self._taken)
 
     def save(
         self,

@@ -146,7 +146,8 @@ class CaptureSession:
             if self._final_rows is not None and batch_idx > 0:
                 self._final_rows.resume(self._resumption.state["seen"] if self._resumption.state else None)
         if batch_idx == 0 and not self._batches.tracking.is_current:
-            self._track()
+            self._batches.track()
+            self._plans, self._bases = {}, BasisPreparation(self.options.covariance_positions)
         if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():
             self._skips_rest = self._is_epoch_whole = True
             self._batches.disarm()
@@ -191,9 +192,8 @@ class CaptureSession:
         if self._skips_rest:
             return
         is_last, together = self.trainer.is_last_batch, self.processes.together
+        self._raise_failure()
         with together():
-            if self._failure is not None:
-                raise self._failure
             batch = self._batches.finish(outputs)
         with together():
             self._batches.tracking.judge(self.processes)
@@ -219,19 +219,22 @@ class CaptureSession:
             self._end_batches()
 
     def end_epoch(self) -> None:
-        """An epoch whose last batch was never reached leaves no file."""
-        if self._capture is not None:
-            kept = self._capture.unfinished if self._resumption.capture is not None else None
-            report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept)
-            self._drop_capture()
+        """An epoch whose last batch was never reached is written only if there is nothing whole."""
+        capture = self._capture
+        if capture is not None:
+            self._raise_failure()
+            kept = None if self._resumption.capture is None else capture.unfinished  # for a run that is resumed
+            if self.finished_epoch is None and kept is None and capture.has_examples():
+                self._end_batches()
+            else:
+                report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept)
+                self._drop_capture()
         self._batches.disarm()
         self._epoch, self._records_rows, self._is_for_bases, self._watches_rows = None, False, False, False
 
     def end_training(self) -> None:
         """Capture rows that are wanted at the final weights; say so if there is no file, or its rows are old."""
-        with self.processes.together():
-            if self._failure is not None:
-                raise self._failure
+        self._raise_failure()
         if self._final_rows is not None and self._plans:
             assert self._indices.num_examples is not None
             self._agreement = self._final_rows.write(
@@ -256,6 +259,11 @@ class CaptureSession:
         self._batches.disarm()
         return True
 
+    def _raise_failure(self) -> None:
+        with self.processes.together():
+            if self._failure is not None:
+                raise self._failure
+
     def close(self) -> None:
         """Leave nothing behind but finished files; may be called at any time and more than once."""
         self._batches.close()
@@ -264,11 +272,6 @@ class CaptureSession:
         self._bases, self._is_over = BasisPreparation(self.options.covariance_positions), True
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
-
-    def _track(self) -> None:
-        """Start over with the layers that are trainable now."""
-        self._batches.track()
-        self._plans, self._bases = {}, BasisPreparation(self.options.covariance_positions)
 
     @property
     def _prepares_bases(self) -> bool:
@@ -312,8 +315,7 @@ class CaptureSession:
         if self._resumption.is_within_epoch:
             capture.resume(self._resumption.take_capture(capture.epoch, self.path.parent, self.processes))
             with self.processes.together():
-                if self._resumption.capture is not None and capture.unfinished is not None:
-                    self._resumption.rename(self._resume_path, capture.unfinished.name)
+                self._resumption.rename(self._resume_path, capture.unfinished)
 
     def _take_in(self, batch: CapturedBatch, is_new: bool) -> None:
         """Add a batch to what this epoch is for."""
@@ -391,9 +393,7 @@ class CaptureSession:
         return resume_path(self.path, self.store_id, self.processes)
 
     def _drop_capture(self) -> None:
-        if self._capture is not None:
-            if self._resumption.capture is not None:
-                self._capture.suspend()
-            else:
-                self._capture.discard()
-            self._capture = None
+        """Leave no unfinished file but one that a resumed run needs."""
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            (capture.discard if self._resumption.capture is None else capture.suspend)()

@@ -63,13 +63,13 @@ class EpochCapture:
 
     def see(self, batch: Any, rows: np.ndarray, batch_idx: int) -> None:
         """Before `training_step` can change the batch."""
-        self._batches += 1
         if self._processes.is_first and (rows != NO_ROW).all():
             self._staleness.see(batch, rows, batch_idx, self._trainer.num_training_batches)
 
     def add(self, batch: CapturedBatch) -> None:
         """Record a batch's rows."""
         assert self.recorder is not None
+        self._batches += 1
         self.recorder.update(
             batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )
@@ -113,13 +113,16 @@ class EpochCapture:
         if self.recorder is not None:
             self.recorder.suspend()
 
-    def finish(self, path: Path, tracking: LayerTracking, datasets: Sequence[DatasetRange]) -> Agreement:
+    def finish(
+        self, path: Path, tracking: LayerTracking, datasets: Sequence[DatasetRange], *, is_whole: bool
+    ) -> Agreement:
         """Factors, staleness, file, log; how rows agree with the final weights' is known to the first process.
 
         Args:
             path: of the file.
             tracking: of the layers.
             datasets: of which the rows are, one after the other.
+            is_whole: whether the epoch has reached its last batch.
         """
         recorder, trainer, model = self.recorder, self._trainer, self._model
         assert recorder is not None
@@ -139,6 +142,7 @@ class EpochCapture:
                     "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
                 }
                 self._attributes |= self._final_attributes(agreement)
+                self._attributes["is_whole"] = is_whole and not self._is_resumed
         recorder.finish(layers, attributes=self._attributes, documents=documents)
         with self._processes.together():
             if self._processes.is_first:
@@ -152,7 +156,7 @@ class EpochCapture:
                 )
                 if self._is_resumed:
                     report.warn_of_resumed_epoch(path, self.epoch, counts)
-                elif not trainer.is_last_batch:
+                elif not is_whole:
                     report.warn_of_part_of_epoch(path, self.epoch, counts)
         return agreement
 
@@ -177,7 +181,6 @@ class EpochCapture:
             "fisher": self._options.fisher,
             "loss": self._options.loss,
             "is_resumed": self._is_resumed,
-            "is_whole": bool(self._trainer.is_last_batch) and not self._is_resumed,
             "processes": self._processes.size,
             "staleness_spearman": agreement.staleness,
             "staleness_note": agreement.note,

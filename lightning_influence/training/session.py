@@ -184,8 +184,7 @@ class CaptureSession:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Note what is applied."""
-        if not self._skips_rest and not self.model.automatic_optimization:
-            self._batches.before_step(optimizer)
+        self._batches.before_step(optimizer)
 
     def end_batch(self, outputs: Any) -> None:
         """Take in the batch's gradients, and finish the file after an epoch's last batch."""
@@ -340,9 +339,8 @@ class CaptureSession:
         if self._normalizations is None:  # said once
             self._normalizations = report.normalizations_over_the_batch(self.model)
             report.warn_of_coupling(self._normalizations)
-        has_file = self.finished_epoch is not None or (
-            self._resumption.is_wanted and is_file_of(self.path, self.store_id)
-        )
+        is_resumed = self._resumption.is_wanted and is_file_of(self.path, self.store_id)
+        has_file = self.finished_epoch is not None or is_resumed
         return Recorder(
             StoreWriter(
                 self.path,
@@ -363,7 +361,9 @@ class CaptureSession:
         """After an epoch's last batch: the file, and bases for the next."""
         capture, processes = self._capture, self.processes
         if capture is not None and capture.recorder is not None:
-            self._agreement = capture.finish(self.path, self._batches.tracking, self._indices.datasets)
+            self._agreement = capture.finish(
+                self.path, self._batches.tracking, self._indices.datasets, is_whole=self._is_epoch_whole
+            )
             self.finished_epoch, self._capture, self._resumption.capture = capture.epoch, None, None
             with processes.together():
                 made = capture.next_bases() if processes.is_first else {}

@@ -196,9 +196,13 @@ class StepCapture:
             if kept is not None:
                 gradient = gradient[kept.to(gradient.device)]
             gradients[name] = reduce[name](gradient) if name in reduce else gradient
+        self.forget_reached()
+        return StepGradients(gradients, scale if kept is None else scale.of_examples(kept))
+
+    def forget_reached(self) -> None:
+        """Forget what backwards have reached so far, losses too; later ones of the step are seen by themselves."""
         self._hooks.clear_reached()
         self._tap.clear_reached()
-        return StepGradients(gradients, scale if kept is None else scale.of_examples(kept))
 
     def clear(self) -> None:
         """Forget the step, so that its activations can be freed."""

@@ -78,7 +78,7 @@ class BatchCapture:
         processes: that train together.
         tracking: the layers.
         first_batch: a copy of the first batch, for whoever wants to ask about it.
-        size: number of rows of the batch that was started.
+        first_size: number of its rows.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class BatchCapture:
         self._options, self._wanted = options, wanted
         self.processes = ALONE
         self.first_batch: Any = None
-        self.size = 0
+        self.first_size = 0
         self._sizes: Sequence[int] = ()
         self._is_armed = False
         self._rows: np.ndarray | None = None
@@ -110,6 +110,10 @@ class BatchCapture:
         """Nothing waits for an optimizer's step."""
         self._waiting: set[str] = set()  # layers with gradients that no optimizer has applied
 
+    def keep(self, batch: Any, n: int) -> None:
+        """Copy a batch of n rows, before `training_step` can change it."""
+        self.first_batch, self.first_size = copied(batch), n
+
     def start(self, batch: Any, rows: np.ndarray, parts: Sequence[int]) -> None:
         """Arm the hooks, before `training_step`.
 
@@ -120,12 +124,12 @@ class BatchCapture:
         """
         self.disarm()
         self._forget()
-        self._rows, self._sizes, self.size = rows, parts, len(rows)
+        self._rows, self._sizes = rows, parts
         self._learning_rate = learning_rate(self.trainer)
         self._factor = backpropagated_factor(self.trainer, self.model)
         self._step_index = self.trainer.global_step
         if not self._is_settled:
-            self.first_batch = copied(batch)
+            self.keep(batch, len(rows))
         self.tracking.capture.__enter__()
         self._is_armed = True
         # Gradients that flow before the step's own backward (adversarial examples, say) are not the step's.
@@ -243,9 +247,10 @@ class BatchCapture:
                 reasons = {name: f"it saw {rows} rows in a batch of {n} examples" for name, rows in others.items()}
                 self.tracking.drop(reasons)
                 shapes = {name: uses for name, uses in shapes.items() if name not in others}
-        if self._has_several_optimizers and not shapes:  # a backward of none of the layers
-            return
         wanted, kept = self._wanted(), self._rows != NO_ROW
+        if self._has_several_optimizers and shapes.keys().isdisjoint(wanted.names or shapes):
+            capture.forget_reached()  # a backward of other layers, whose loss is no part of the next one's
+            return
         part = capture.since_last(
             n,
             backpropagated_factor=self._factor,
@@ -282,7 +287,7 @@ class BatchCapture:
         self._is_settled = True
 
     def _joined(self) -> StepGradients:
-        """One step of the parts, of just the layers that are wanted."""
+        """One step of the parts, of just the layers that are wanted; losses and labels are the first part's."""
         if not self._is_settled:
             self._settle()
         names = self._wanted().names

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class FinalRows:
     def __init__(self, trainer: Trainer, model: LightningModule, options: CaptureOptions) -> None:
         self._trainer, self._model, self._options = trainer, model, options
         self._seen: list[np.ndarray] = []
-        self._is_resumed = False  # within the epoch
+        self._is_resumed = self._is_watched = False
         self.epoch = -1
         if trainer.world_size > 1:
             raise UnsupportedTrainingError(
@@ -65,9 +64,10 @@ class FinalRows:
                 'without training; leave out `rows="final"`.'
             )
 
-    def start_epoch(self) -> None:
-        """Rows will be of this epoch's examples."""
+    def start_epoch(self, *, is_watched: bool) -> None:
+        """Rows will be of this epoch's examples or, if it is not watched, of all that the loader can draw."""
         self._seen, self.epoch, self._is_resumed = [], self._trainer.current_epoch, False
+        self._is_watched = is_watched
 
     def resume(self, seen: Tensor | None) -> None:
         """Go on within an epoch of which an earlier run has seen these examples, int64 [n]; None: not known."""
@@ -75,8 +75,17 @@ class FinalRows:
         if seen is not None:
             self._seen.append(seen.numpy())
 
-    def see(self, rows: np.ndarray) -> None:
-        """Training sees these examples."""
+    def see(self, rows: np.ndarray, *, loaders: int) -> None:
+        """Training sees these examples.
+
+        Raises:
+            UnsupportedTrainingError: if they are from several dataloaders.
+        """
+        if loaders != 1:
+            raise UnsupportedTrainingError(
+                f'`rows="final"` needs one training dataloader, found {loaders}; join the datasets with '
+                '`torch.utils.data.ConcatDataset`, or pass `rows="online"`.'
+            )
         self._seen.append(rows)
 
     def seen(self) -> Tensor:
@@ -107,11 +116,11 @@ class FinalRows:
         key = options.index_key
         with kept_random_states():
             batches = ExampleBatches(
-                self._loader(),
+                CombinedLoader(self._trainer.train_dataloader).flattened[0],
                 model,
                 index_fn=options.index_fn if key is None else itemgetter(key),
                 num_examples=num_examples,
-                wanted=self.seen().numpy(),
+                wanted=self.seen().numpy() if self._is_watched else None,
             )
             sweep = Sweep(
                 model, layers=options.layers, codec=options.codec, loss=options.loss, trainer=self._trainer
@@ -145,12 +154,3 @@ class FinalRows:
         if self._is_resumed:
             report.warn_of_resumed_epoch(path, self.epoch, counts)
         return agreement
-
-    def _loader(self) -> Any:
-        loaders = CombinedLoader(self._trainer.train_dataloader).flattened
-        if len(loaders) != 1:
-            raise UnsupportedTrainingError(
-                f'`rows="final"` needs one training dataloader, found {len(loaders)}; join the datasets with '
-                '`torch.utils.data.ConcatDataset`, or pass `rows="online"`.'
-            )
-        return loaders[0]

@@ -133,6 +133,15 @@ def warn_of_coupling(normalizations: Sequence[str]) -> None:
         )
 
 
+def warn_of_no_check() -> None:
+    """What processes average is not what each has back-propagated."""
+    rank_zero_warn(
+        "InfluenceCallback: with a `ddp_comm_hook`, captured gradients cannot be compared with `.grad`, so a "
+        "layer whose weight is also used outside of its forward would not be noticed; train an epoch without the "
+        "hook to see the coverage."
+    )
+
+
 def warn_of_weights(factor: Tensor) -> None:
     """Unreduced losses may carry a weight for each example, which rows do not keep."""
     known = factor[factor.isfinite() & (factor > 0)] if factor.ndim else factor

@@ -19,7 +19,6 @@ from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.store import StoreWriter
 from lightning_influence.training import report
-from lightning_influence.training.asking import copied
 from lightning_influence.training.bases import BasisPreparation
 from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.epoch import EpochCapture
@@ -31,7 +30,7 @@ from lightning_influence.training.planning import agree_on_plans
 from lightning_influence.training.resume import Resumption, is_file_of, resume_path
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
-from lightning_influence.training.surroundings import check_supported, processes_of
+from lightning_influence.training.surroundings import check_supported, has_exact_average, processes_of
 
 CHECKED_SHARE = 0.1  # of the captured batches after the first, at random: nothing periodic slips through
 
@@ -74,9 +73,7 @@ class CaptureSession:
         self._skips_rest = False
         self._is_epoch_whole = False  # whether the epoch has reached its last batch
         self._is_over = False
-        self._unchecked: list[
-            CapturedBatch
-        ] = []  # batches whose gradients overflowed, before the first that did not
+        self._unchecked: list[CapturedBatch] = []  # overflowed, before the first batch that did not
         self._is_unmixed = False  # whether a captured epoch's batch was looked at for rows of several examples
         self._resumption = Resumption()
         self._failure: Exception | None = None
@@ -99,6 +96,8 @@ class CaptureSession:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._scratch = self.processes.from_first(tempfile.mkdtemp() if self.processes.is_first else None)
         self.store_id = self.processes.from_first(self.store_id)
+        if not has_exact_average(self.trainer):
+            report.warn_of_no_check()
         self._batches.processes = self.processes
         self._final_rows = (
             FinalRows(self.trainer, self.model, self.options) if self.options.rows == "final" else None
@@ -131,7 +130,7 @@ class CaptureSession:
             self._is_for_bases = self._schedule.prepares_bases(self._epoch)
             self._watches_rows = self._final_rows is not None and self._schedule.wants(self._epoch)
         if self._final_rows is not None:
-            self._final_rows.start_epoch()
+            self._final_rows.start_epoch(is_watched=self._watches_rows)
         self._skips_rest = self._is_epoch_whole = False
         self._bases.start_epoch()
         self._batches.start_epoch()
@@ -158,14 +157,14 @@ class CaptureSession:
         found = self._indices.next_batch(batch, batch_idx)
         rows = found.indices
         if self._final_rows is not None:
-            self._final_rows.see(rows)
+            self._final_rows.see(rows, loaders=len(found.parts))
             if self._plans and self._batches.tracking.is_verified and not self._prepares_bases:
                 return
         if self._records_rows:
             if self._capture is None:
                 self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes)
                 if not self._is_unmixed:
-                    self._batches.first_batch = copied(batch)
+                    self._batches.keep(batch, len(rows))
             self._capture.see(batch, rows, batch_idx)
         self._batches.start(batch, rows, found.parts)
 
@@ -329,8 +328,8 @@ class CaptureSession:
     def _look_for_mixing(self, *, is_captured: bool) -> None:
         """Say if rows are made of several examples, by the kept batch."""
         batch, self._batches.first_batch = self._batches.first_batch, None
-        tracking, n = self._batches.tracking, self._batches.size
-        check_mixing(self.trainer, self.model, tracking.layers, batch, n, is_captured=is_captured)
+        layers, n = self._batches.tracking.layers, self._batches.first_size
+        check_mixing(self.trainer, self.model, layers, batch, n, is_captured=is_captured)
 
     def _make_recorder(self) -> Recorder:
         assert self._schedule is not None

@@ -55,7 +55,8 @@ def backward_averages(trainer: Trainer) -> bool:
 
 def has_exact_average(trainer: Trainer) -> bool:
     """Whether processes average gradients as they are, and not through a communication hook."""
-    return getattr(trainer.strategy, "_ddp_comm_hook", None) is None
+    strategy = trainer.strategy  # which registers the hook on CUDA only
+    return getattr(strategy, "_ddp_comm_hook", None) is None or strategy.root_device.type != "cuda"
 
 
 def trainable(model: nn.Module) -> list[bool]:

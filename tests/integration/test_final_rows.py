@@ -260,3 +260,22 @@ def test_rows_at_the_end_go_with_the_last_epoch_only(epochs: Any) -> None:
 def test_other_values_of_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="`rows` must be one of 'online', 'final', got 'end'"):
         InfluenceCallback(rows="end")  # type: ignore[arg-type]
+
+
+class StoppingEarly(Classifier):
+    """Asks for a stop in an epoch that did not seem to be the last."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if (self.trainer.current_epoch, batch_idx) == (1, 1):
+            self.trainer.should_stop = True
+
+
+@pytest.mark.parametrize("codec", ["pairs", "eigen"])
+def test_a_stop_before_the_epoch_that_seemed_certain_leaves_rows_of_all_examples(
+    tmp_path: Path, codec: Any
+) -> None:
+    path, model = tmp_path / "influence.h5", StoppingEarly()
+    callback = InfluenceCallback(path, rows="final", codec=codec, on_error="raise")
+    fit(tmp_path, model, loader(), callback, max_epochs=5)
+    facts = InfluenceModule.attach(model, path).store.attributes
+    assert (facts["epoch"], facts["rows_written"], facts["rows_missing"]) == (1, N, 0)

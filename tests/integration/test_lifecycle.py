@@ -46,7 +46,7 @@ from lightning_influence.errors import (
     UnsupportedTrainingError,
 )
 from lightning_influence.store import StoreReader
-from lightning_influence.training.surroundings import check_supported
+from lightning_influence.training.surroundings import check_supported, has_exact_average
 from tests.integration.lifecycle_models import (
     BATCH,
     CLASSES,
@@ -380,6 +380,13 @@ def test_a_strategy_that_splits_the_model_is_refused_with_a_reason(strategy: typ
     trainer = SimpleNamespace(strategy=strategy.__new__(strategy), num_nodes=1)
     with pytest.raises(UnsupportedTrainingError, match=rf"{strategy.__name__}.*whole weights.*strategy=\"ddp\""):
         check_supported(trainer)  # type: ignore[arg-type]
+
+
+def test_gradients_that_a_communication_hook_averages_are_not_compared() -> None:
+    device, hook = torch.device("cuda"), object()
+    for strategy, is_exact in [(hook, False), (None, True)]:
+        strategy = SimpleNamespace(_ddp_comm_hook=strategy, root_device=device)
+        assert has_exact_average(SimpleNamespace(strategy=strategy)) is is_exact  # type: ignore[arg-type]
 
 
 def test_several_machines_are_refused_with_a_reason(tmp_path: Path) -> None:

@@ -196,6 +196,27 @@ def test_two_optimizers_after_one_backward_have_all_layers(tmp_path: Path) -> No
     assert_rows_are(path, per_example_gradients(model, examples, loss, ["layers.0", "layers.2"]))
 
 
+class Halved(Gan):
+    """The discriminator's loss is a mean of two, unlike the generator's."""
+
+    def discriminator_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().discriminator_loss(x, y) / 2
+
+
+@pytest.mark.parametrize("order", ["gd", "dg"])
+def test_the_loss_of_layers_that_are_not_asked_for_is_no_part_of_the_others_scale(
+    tmp_path: Path, order: str
+) -> None:
+    """Rows hold the summed loss of real and made inputs: the constant 1/2 is divided out."""
+    path, model = tmp_path / "influence.h5", Halved(order=order)
+    capture = InfluenceCallback(path, codec="pairs-float32", layers=["discriminator.*"], on_error="raise")
+    fit(tmp_path, model, loader(), capture)
+    stored, true = stored_gradients(path), truth(Gan(order=order))
+    assert list(stored) == D_LAYERS
+    for name in D_LAYERS:
+        torch.testing.assert_close(stored[name].double(), true[name], rtol=1e-5, atol=1e-7)
+
+
 class Joined(Gan):
     """The discriminator sees real and made inputs in one call, so it has two rows an example."""
 

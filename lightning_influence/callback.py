@@ -137,11 +137,14 @@ class InfluenceCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What ties a checkpoint to its file; plain strings, loadable with `weights_only=True`."""
+        self._save_for_resume()
+        return self._attachment_state()
+
+    def _attachment_state(self) -> dict[str, Any]:
         # a fit that had nothing left to train, or whose capture failed, leaves the file before it
         session = self._session if self._session is not None and self._session.has_started else self._finished
         if session is None:
             return self._state_of_spawned()
-        self._save_for_resume()
         trainer = session.trainer
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         status = "capturing" if session.finished_epoch is None else "complete"
@@ -173,7 +176,7 @@ class InfluenceCallback(Callback):
         if stage != "fit":
             return
         self._retire()
-        self._attachment.install(trainer, self.state_dict)
+        self._attachment.install(trainer, self._attachment_state)
         self._session = CaptureSession(self.options, trainer, pl_module, uuid.uuid4().hex[:20] + self._id)
         self._session.start(self)
 

@@ -44,7 +44,9 @@ class SumMetric(Metric):
         Raises:
             ValueError: if their shapes are others.
         """
-        for own, tensor in zip(self.sums, saved or (), strict=False):
+        if saved is None:
+            return
+        for own, tensor in zip(self.sums, saved, strict=True):
             if own.shape != tensor.shape:
                 raise ValueError(
                     f"Sums must have shape {tuple(own.shape)}, got {tuple(tensor.shape)}: of another layer."

@@ -190,8 +190,9 @@ class CaptureSession:
         if self._skips_rest:
             return
         is_last, together = self.trainer.is_last_batch, self.processes.together
-        self._raise_failure()
         with together():
+            if self._failure is not None:
+                raise self._failure
             batch = self._batches.finish(outputs)
         with together():
             self._batches.tracking.judge(self.processes)

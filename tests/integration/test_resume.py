@@ -437,3 +437,16 @@ def test_two_processes_resume_within_the_captured_epoch(tmp_path: Path, codec: s
         expected = eigenvalue_correction(true[name].repeat_interleave(times, 0), basis.Q_A, basis.Q_S)
         torch.testing.assert_close(Lambda, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
     assert files(tmp_path) == {"influence.h5"}
+
+
+def test_a_checkpoint_of_weights_only_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
+    """It cannot be resumed from, so what is kept stays that of the last whole checkpoint."""
+    weights = ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=1)
+    callback = InfluenceCallback(tmp_path / "influence.h5", codec="pairs-float32", on_error="raise")
+    whole = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=SAVED)
+    model = Ending(0.1, CRASH)
+    trainer = make_trainer(tmp_path, callback, whole, weights, max_epochs=EPOCHS, enable_checkpointing=True)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(model, data())
+    (kept,) = tmp_path.glob("*.resume0")
+    assert torch.load(kept, weights_only=True)["step"] == SAVED

@@ -21,7 +21,7 @@ from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
 from lightning_influence.training.checkpoints import CheckpointAttachment, saves_on_exception
-from lightning_influence.training.options import CaptureOptions, Epochs, Rows, check_choice
+from lightning_influence.training.options import CaptureOptions, Epochs, Rows, TrajectoryMode, check_choice
 from lightning_influence.training.session import CaptureSession
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,13 @@ class InfluenceCallback(Callback):
         path: of the file; an older file there is replaced when the new one is complete.
         layers: names or glob patterns of the layers to attribute (`["encoder.*"]`); None takes all
             that are supported. What is left out is reported.
-        epochs: which epochs the file holds: "last"; or "every", a number n (every n-th, counted back from
-            the final one where that is certain) or a list (counted from 0), each a segment of the file, so that
-            checkpoints of several epochs have their rows. Adding a segment copies the ones before it.
+        epochs: which epochs are captured: "last"; or "every", a number n (every n-th, counted back from
+            the final one where that is certain) or a list (counted from 0).
+        trajectory: what becomes of several captured epochs. "merge": one row an example, the sum of its gradients
+            weighted by the epochs' learning rates, for the final weights; until training is over, each epoch's
+            rows wait beside the file, where they take as much disk as the training set's float16 gradients
+            (inputs and output gradients for layers used on vectors). "segments": each a segment of the file,
+            so that checkpoints of several epochs have their rows; adding a segment copies the ones before it.
         rows: "online", as training goes, at no extra pass, at the weights of their step; or "final": the last
             epoch gives the eigenbasis only, and one pass over its examples after training gives the
             rows at the final weights, in eval mode.
@@ -95,6 +99,7 @@ class InfluenceCallback(Callback):
         *,
         layers: list[str] | None = None,
         epochs: Epochs = "last",
+        trajectory: TrajectoryMode = "merge",
         rows: Rows = "online",
         codec: CodecName = "auto",
         fisher: Literal["empirical"] = "empirical",
@@ -112,6 +117,7 @@ class InfluenceCallback(Callback):
             Path(path),
             layers=layers,
             epochs=epochs,
+            trajectory=trajectory,
             rows=rows,
             codec=codec,
             fisher=fisher,
@@ -242,12 +248,21 @@ class InfluenceCallback(Callback):
         """Leave no hook and no unfinished file that no checkpoint needs (Lightning calls no `teardown` here)."""
         if saves_on_exception(trainer):  # after us, as Lightning orders callbacks
             self._save_for_resume()
+        self._merge_what_there_is()
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave everything as it was."""
         if stage == "fit":
             self._close()
+
+    def _merge_what_there_is(self) -> None:
+        """Of an interrupted run the whole epochs are worth a file; its own exception is not to be hidden."""
+        try:
+            if self._session is not None:
+                self._session.merge_after_exception()
+        except Exception as error:
+            rank_zero_warn(f"InfluenceCallback: {type(error).__name__} while captured epochs were merged: {error}")
 
     def _close(self) -> None:
         """Clean up after the session, whatever happens; it stays known to later checkpoints."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -90,6 +90,21 @@ def plan_layers(
             layer.ends_in_ones,
             layer.batch_dim,
         )
+    return plans
+
+
+def plan_whole_gradients(
+    layers: Mapping[str, TrackedLayer], gradients: Mapping[str, LayerGradient]
+) -> dict[str, LayerPlan]:
+    """Choose how each layer's whole gradients take the fewest bytes, for rows that are merged later.
+
+    That is without an eigenbasis and nearly exact: float16 pairs, or the float16 gradient itself.
+    """
+    plans = {}
+    for name, plan in plan_layers(layers, gradients, "pairs-float16").items():
+        o, i = plan.shape
+        is_dense = plan.codec == "dense" or plan.positions * (o + i) > o * i
+        plans[name] = replace(plan, codec="dense" if is_dense else "pairs")
     return plans
 
 

@@ -48,7 +48,11 @@ class Recorder:
         bytes_per_example: budget of the eigen codec over all its layers.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
+        covariance_stride: every how many-th example enters them.
         processes: that record together.
+
+    Attributes:
+        covariances: of the layers that need any; after `end_rows` those of all processes.
     """
 
     def __init__(
@@ -60,9 +64,11 @@ class Recorder:
         bytes_per_example: int = 8192,
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
+        covariance_stride: int = 1,
         processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
+        self._stride, self._offsets = covariance_stride, torch.Generator().manual_seed(0)
         self.writer = writer
         self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
@@ -70,7 +76,7 @@ class Recorder:
         self._bytes_per_example = bytes_per_example
         without_basis = {n for n, plan in plans.items() if plan.needs_basis and n not in self._bases}
         self._spool = Spool(self.writer.path) if without_basis else None
-        self._covariances = {
+        self.covariances = {
             name: KroneckerCovariance(
                 plan.shape, plan.structure, positions=covariance_positions, sync_on_compute=False
             )
@@ -134,7 +140,7 @@ class Recorder:
             self._rows.write(block)
 
     def _lay_out(self, block: Block | None) -> None:
-        self._rows.lay_out(block, self._bases, self._covariances, self._bytes_per_example)
+        self._rows.lay_out(block, self._bases, self.covariances, self._bytes_per_example)
 
     @property
     def reduced_layers(self) -> frozenset[str]:
@@ -146,14 +152,14 @@ class Recorder:
         record = self._rows.records.get(name)
         if not isinstance(record, EigenRecord) or isinstance(gradient, Coordinates):
             return gradient
-        if name in self._covariances:
-            self._covariances[name].to(gradient.device).update(gradient.finite())
+        if name in self.covariances:
+            self.covariances[name].to(gradient.device).update(self._share(gradient.finite()))
         return record.reduce(gradient)
 
     def next_bases(self) -> dict[str, Eigenbasis]:
         """Eigenbases of what was seen so far, for the layers with the eigen codec."""
         return {
-            name: metric.eigenbasis() for name, metric in self._covariances.items() if self.plans[name].needs_basis
+            name: metric.eigenbasis() for name, metric in self.covariances.items() if self.plans[name].needs_basis
         }
 
     def counts(self) -> RecordedCounts:
@@ -170,17 +176,8 @@ class Recorder:
         Raises:
             CaptureError: if not one row with a finite gradient was recorded.
         """
+        self.end_rows()
         processes = self._processes
-        if self.needs_layout:
-            self.lay_out()
-        with processes.together():
-            self._flush()
-        if not processes.is_alone:
-            processes.sum_(t for m in self._covariances.values() for t in m.to(processes.device).sums)
-        if self._spool is not None:
-            self._write_spooled(self._spool)
-        if not processes.is_alone:
-            _check_own(self._seen, processes)
         eigen = [record for record in self._rows.records.values() if isinstance(record, EigenRecord)]
         processes.sum_(total for record in eigen for total in record.eigenvalues.sums)
         layers: dict[str, ScoredLayer] = {}
@@ -189,6 +186,24 @@ class Recorder:
                 records = self._rows.records
                 layers = {name: record.finish(self._rows.valid_rows(name)) for name, record in records.items()}
         return layers
+
+    def end_rows(self) -> None:
+        """Write what is buffered or spooled, and add up the processes' covariances.
+
+        Raises:
+            CaptureError: if not one row with a finite gradient was recorded.
+        """
+        processes = self._processes
+        if self.needs_layout:
+            self.lay_out()
+        with processes.together():
+            self._flush()
+        if not processes.is_alone:
+            processes.sum_(t for m in self.covariances.values() for t in m.to(processes.device).sums)
+        if self._spool is not None:
+            self._write_spooled(self._spool)
+        if not processes.is_alone:
+            _check_own(self._seen, processes)
 
     def _write_spooled(self, spool: Spool) -> None:
         """Once the covariances are known: bases, then rows."""
@@ -242,7 +257,7 @@ class Recorder:
             return None
         self._flush()
         return {
-            "covariances": {name: [t.detach().cpu() for t in m.sums] for name, m in self._covariances.items()},
+            "covariances": {name: [t.detach().cpu() for t in m.sums] for name, m in self.covariances.items()},
             "records": {name: record.state() for name, record in self._rows.records.items()},
             "seen": torch.from_numpy(self._seen.astype(np.uint8)),
             "loss": dict(self.loss),
@@ -263,12 +278,12 @@ class Recorder:
         """
         with self._processes.together():
             self._bases = {name: basis.to(device) for name, basis in self._bases.items()}
-            for name, metric in self._covariances.items():
+            for name, metric in self.covariances.items():
                 metric.load_sums(state["covariances"].get(name))
                 metric.to(device)
             self.loss = dict(state["loss"])
             self._seen = state["seen"].numpy().astype(bool)
-        self._rows.resume(state["records"], self._bases, self._covariances, state["unfinished"], step)
+        self._rows.resume(state["records"], self._bases, self.covariances, state["unfinished"], step)
 
     def suspend(self) -> None:
         """Leave the unfinished file for a resumed run; the spool goes."""
@@ -309,10 +324,17 @@ class Recorder:
             self._rows.write_invalid(invalid)
         if not len(block):
             return None
-        for name, metric in self._covariances.items():
+        for name, metric in self.covariances.items():
             if not isinstance(block.gradients[name], Coordinates):
-                metric.to(block.device).update(block.gradients[name])
+                metric.to(block.device).update(self._share(block.gradients[name]))
         return block
+
+    def _share(self, gradient: LayerGradient) -> LayerGradient:
+        """The examples that enter the covariances."""
+        if self._stride == 1:
+            return gradient
+        first = int(torch.randint(min(self._stride, len(gradient)), (), generator=self._offsets))
+        return gradient[first :: self._stride]
 
 
 def _check_own(seen: np.ndarray, processes: Processes) -> None:

@@ -181,7 +181,7 @@ class RowFile:
         return {key: torch.from_numpy(rows) for key, rows in self._writer.read_rows(name, indices).items()}
 
     def _arrays(self) -> dict[str, dict[str, ArraySpec]]:
-        return {name: _specs(record.codec) for name, record in self.records.items()}
+        return {name: specs(record.codec) for name, record in self.records.items()}
 
 
 def _squares(name: str, basis: Eigenbasis, block: Block | None) -> Tensor:
@@ -191,7 +191,8 @@ def _squares(name: str, basis: Eigenbasis, block: Block | None) -> Tensor:
     return second_moment_sum(block.gradients[name], basis)
 
 
-def _specs(codec: Codec) -> dict[str, ArraySpec]:
+def specs(codec: Codec) -> dict[str, ArraySpec]:
+    """The row arrays of a layer, as a writer takes them."""
     return {name: ArraySpec(shape, dtype) for name, (shape, dtype) in codec.arrays().items()}
 
 

@@ -22,6 +22,7 @@ FLOORS = [
     {"blocks"},
     {"row_file"},
     {"recorder", "query"},
+    {"trajectory"},
     {"training"},
     {"callback", "module"},
     {"__init__"},

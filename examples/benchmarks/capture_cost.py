@@ -54,6 +54,7 @@ import lightning_influence
 from lightning_influence import InfluenceCallback
 from lightning_influence.recorder import Recorder
 from lightning_influence.training.epoch import EpochCapture
+from lightning_influence.training.merging import TrajectoryCapture
 from lightning_influence.training.staleness import StalenessProbe
 
 PACKAGE = str(Path(lightning_influence.__file__).parent)
@@ -250,6 +251,7 @@ def timed_parts(fit: Fit) -> Iterator[None]:
     """Adds up the time of the steps that finish a file."""
     steps = (
         (EpochCapture, "finish", "finish"),
+        (TrajectoryCapture, "write", "merge"),
         (Recorder, "factors", "factors"),
         (StalenessProbe, "measure", "staleness"),
         (Recorder, "finish", "file"),
@@ -319,6 +321,7 @@ def fit_once(
 def make_callback() -> InfluenceCallback:
     """With the options that were given; others keep their defaults."""
     given = {
+        "epochs": args.captured if args.captured in ("last", "every") else int(args.captured),
         "codec": args.codec,
         "bytes_per_example": args.bytes_per_example,
         "covariance_positions": args.covariance_positions,
@@ -347,11 +350,15 @@ def measure(workload: Workload) -> list[tuple[Fit, Fit]]:
 def print_ratios(workload: Workload, pairs: Sequence[tuple[Fit, Fit]]) -> None:
     """Medians over pairs, with the spread, and the fastest of all."""
     rows: dict[str, Callable[[Fit], list[Moment]]] = {
-        "captured epoch": lambda fit: [fit.epochs[-1]],
-        "  without the finishing": lambda fit: [fit.epochs[-1] - fit.finishing],
-        "the epoch before": lambda fit: [fit.epochs[-2]],
-        "epochs that it sits out": lambda fit: fit.epochs[1:-2],
+        "a captured epoch": lambda fit: fit.epochs[1:],
     }
+    if args.captured == "last":
+        rows = {
+            "captured epoch": lambda fit: [fit.epochs[-1]],
+            "  without the finishing": lambda fit: [fit.epochs[-1] - fit.finishing],
+            "the epoch before": lambda fit: [fit.epochs[-2]],
+            "epochs that it sits out": lambda fit: fit.epochs[1:-2],
+        }
     plain = [epoch for fit, _ in pairs for epoch in fit.epochs[1:]]
     print(f"{'over a plain epoch':26}{'median':>8}  {'min .. max':14}{'fastest':>9}{'processor':>11}")
     for name, epochs_of in rows.items():
@@ -362,11 +369,13 @@ def print_ratios(workload: Workload, pairs: Sequence[tuple[Fit, Fit]]) -> None:
             processor.append(statistics.median(e.processor for e in epochs) / one.plain_epoch.processor)
         captured = [epoch for _, fit in pairs for epoch in epochs_of(fit)]
         fastest = min(e.wall for e in captured) / min(e.wall for e in plain)
-        print(row(name, ratios, fastest, processor) + (f"   target {workload.target}" if "cap" in name else ""))
+        is_target = name == "captured epoch"
+        print(row(name, ratios, fastest, processor) + (f"   target {workload.target}" if is_target else ""))
     ratios = [captured.whole.wall / fit.whole.wall for fit, captured in pairs]
     processor = [captured.whole.processor / fit.whole.processor for fit, captured in pairs]
     fastest = min(captured.whole.wall for _, captured in pairs) / min(fit.whole.wall for fit, _ in pairs)
-    print(row(f"run of {args.epochs} over a plain run", ratios, fastest, processor) + "   target 1.1")
+    target = {"last": "   target 1.1", "every": "   target 1.25"}.get(args.captured, "")
+    print(row(f"run of {args.epochs} over a plain run", ratios, fastest, processor) + target)
 
 
 def row(name: str, ratios: list[float], fastest: float, processor: list[float]) -> str:
@@ -390,6 +399,8 @@ def print_milliseconds(workload: Workload, pairs: Sequence[tuple[Fit, Fit]]) -> 
     seconds = {name: [fit.parts[name].wall for _, fit in pairs] for name in ("staleness", "file")}
     seconds["bases and Lambda"] = [(fit.parts["factors"] - fit.parts["last block"]).wall for _, fit in pairs]
     seconds["all"] = [fit.finishing.wall for _, fit in pairs]
+    if args.captured != "last":
+        seconds = {"merging": [fit.parts["merge"].wall for _, fit in pairs]}
     parts = ", ".join(f"{name} {1e3 * statistics.median(values):.0f}" for name, values in seconds.items())
     print(f"finishing, ms (medians): {parts}")
 
@@ -513,6 +524,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, help="instead of the workload's")
+    parser.add_argument("--captured", default="last", help="epochs: last, every or a number n, every n-th")
     parser.add_argument("--codec", help="of InfluenceCallback, as the two that follow")
     parser.add_argument("--bytes-per-example", type=int)
     parser.add_argument("--covariance-positions", type=int)

@@ -23,6 +23,7 @@ from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.staleness import Agreement, StalenessProbe
+from lightning_influence.training.surroundings import LayerRates
 from lightning_influence.training.tracking import LayerTracking
 
 
@@ -34,17 +35,23 @@ class EpochCapture:
         model: in training.
         options: what the user asked for.
         processes: that train together; the first one writes what is not rows.
+        rates: of the layers.
 
     Attributes:
         recorder: of the rows; None until it is known how layers are stored.
     """
 
     def __init__(
-        self, trainer: Trainer, model: LightningModule, options: CaptureOptions, processes: Processes
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        options: CaptureOptions,
+        processes: Processes,
+        rates: LayerRates,
     ) -> None:
         self.recorder: Recorder | None = None
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
-        self._staleness = StalenessProbe()
+        self._staleness, self._rates = StalenessProbe(), rates
         self._batches = 0
         self._is_resumed = False
         self._attributes: dict[str, Any] = {"epoch": trainer.current_epoch, "step_start": trainer.global_step}
@@ -63,7 +70,8 @@ class EpochCapture:
 
     def see(self, batch: Any, rows: np.ndarray, batch_idx: int) -> None:
         """Before `training_step` can change the batch."""
-        if self._processes.is_first and (rows != NO_ROW).all():
+        self._rates.add()
+        if self._processes.is_first and not self._options.merges and (rows != NO_ROW).all():
             self._staleness.see(batch, rows, batch_idx, self._trainer.num_training_batches)
 
     def add(self, batch: CapturedBatch) -> None:
@@ -96,6 +104,7 @@ class EpochCapture:
             "recorder": recorded,
             "attributes": dict(self._attributes),
             "batches": self._batches,
+            "rates": self._rates.sums(),
             "step": self._trainer.global_step,
         }
 
@@ -106,6 +115,7 @@ class EpochCapture:
             assert self.recorder is not None
             self._attributes |= state["attributes"]
             self._batches += state["batches"]
+            self._rates.resume(state.get("rates"))
             self.recorder.resume(state["recorder"], step=state["step"], device=self._model.device)
 
     def suspend(self) -> None:
@@ -135,15 +145,8 @@ class EpochCapture:
                 agreement = self._staleness.measure(
                     trainer, model, tracking.layers, self._options.loss, recorder, layers
                 )
-                documents = {
-                    "coverage": tracking.coverage.to_builtins(),
-                    "loss": recorder.loss,
-                    "datasets": [dataset._asdict() for dataset in datasets],
-                    "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
-                }
-                self._attributes |= self._final_attributes(agreement)
-                self._attributes["is_whole"] = is_whole and not self._is_resumed
-        recorder.finish(layers, attributes=self._attributes, documents=documents)
+                documents = documents_of(recorder, tracking, datasets)
+        recorder.finish(layers, attributes=self.attributes(agreement, is_whole=is_whole), documents=documents)
         with self._processes.together():
             if self._processes.is_first:
                 report.report_file(
@@ -159,6 +162,17 @@ class EpochCapture:
                 elif not is_whole:
                     report.warn_of_part_of_epoch(path, self.epoch, counts)
         return agreement
+
+    def learning_rates(self) -> dict[str, float]:
+        """The mean of each recorded layer's in this epoch."""
+        assert self.recorder is not None
+        means = self._rates.means()
+        return {name: means[name] for name in self.recorder.plans}
+
+    def attributes(self, agreement: Agreement | None = None, *, is_whole: bool) -> dict[str, Any]:
+        """What the file says of the epoch, after its last batch."""
+        final = self._final_attributes(agreement or Agreement()) if self._processes.is_first else {}
+        return {**self._attributes, **final, "is_whole": is_whole and not self._is_resumed}
 
     def next_bases(self) -> Mapping[str, Eigenbasis]:
         """After `finish`: this epoch's bases, for the next."""
@@ -186,3 +200,15 @@ class EpochCapture:
             "staleness_note": agreement.note,
             "codec_spearman": agreement.codec,
         }
+
+
+def documents_of(
+    recorder: Recorder, tracking: LayerTracking, datasets: Sequence[DatasetRange]
+) -> dict[str, object]:
+    """What a file says of the run that it was captured in."""
+    return {
+        "coverage": tracking.coverage.to_builtins(),
+        "loss": recorder.loss,
+        "datasets": [dataset._asdict() for dataset in datasets],
+        "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+    }

@@ -14,6 +14,7 @@ from lightning_influence.step import LossKind
 
 Epochs = Literal["last", "every"] | int | list[int]
 Rows = Literal["online", "final"]
+TrajectoryMode = Literal["merge", "segments"]
 IndexFn = Callable[[Any], "Sequence[int] | Tensor"]
 
 
@@ -29,6 +30,7 @@ class CaptureOptions:
     path: Path
     layers: Sequence[str] | None = None
     epochs: Epochs = "last"
+    trajectory: TrajectoryMode = "merge"
     rows: Rows = "online"
     codec: CodecName = "auto"
     fisher: Literal["empirical"] = "empirical"
@@ -44,6 +46,7 @@ class CaptureOptions:
         check_choice("fisher", self.fisher, ("empirical",))
         check_choice("loss", self.loss, get_args(LossKind))
         check_choice("rows", self.rows, get_args(Rows))
+        check_choice("trajectory", self.trajectory, get_args(TrajectoryMode))
         if isinstance(self.layers, str):
             raise TypeError(f"`layers` must be a list of names or glob patterns, got the string {self.layers!r}.")
         if self.index_fn is not None and not callable(self.index_fn):
@@ -62,10 +65,21 @@ class CaptureOptions:
                 f"got `epochs={self.epochs!r}`."
             )
 
+        if self.merges and self.codec not in ("auto", "eigen"):
+            raise ValueError(
+                "Merged rows are sums over epochs, which are stored as eigen-coordinates: `codec` must be 'auto' or "
+                f"'eigen', got {self.codec!r}; or pass `trajectory=\"segments\"`, which keeps epochs apart."
+            )
+
+    @property
+    def merges(self) -> bool:
+        """Whether the captured epochs become one row an example."""
+        return self.epochs != "last" and self.trajectory == "merge"
+
     @property
     def keeps_segments(self) -> bool:
         """Whether a captured epoch stays in the file when a later one is added."""
-        return self.epochs != "last"
+        return self.epochs != "last" and self.trajectory == "segments"
 
 
 def check_choice(name: str, value: object, choices: Sequence[Hashable]) -> None:

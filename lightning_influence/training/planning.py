@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_influence.errors import UnsupportedTrainingError
-from lightning_influence.layer_plan import LayerPlan, plan_layers
+from lightning_influence.layer_plan import LayerPlan, plan_layers, plan_whole_gradients
 from lightning_influence.processes import Processes
 from lightning_influence.training import report
 from lightning_influence.training.batch_capture import CapturedBatch
@@ -42,7 +42,7 @@ def agree_on_plans(
                 "The training dataset has no length, so its rows have no place; give it a `__len__`, or pass "
                 "`num_examples=`."
             )
-        own = plan_layers(tracking.layers, batch.step.gradients, options.codec) if batch else None
+        own = _plans(tracking, batch, options) if batch else None
     known = [plans for plans in processes.gather(own) if plans is not None]
     if not known:
         return {}
@@ -58,9 +58,16 @@ def agree_on_plans(
             tracking.coverage,
             when=when,
             bytes_per_example=options.bytes_per_example,
+            merges=options.merges,
             num_examples=num_examples,
         )
     return plans
+
+
+def _plans(tracking: LayerTracking, batch: CapturedBatch, options: CaptureOptions) -> dict[str, LayerPlan]:
+    if options.merges:
+        return plan_whole_gradients(tracking.layers, batch.step.gradients)
+    return plan_layers(tracking.layers, batch.step.gradients, options.codec)
 
 
 def _common(plans: Sequence[Mapping[str, LayerPlan]]) -> dict[str, LayerPlan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -27,8 +28,14 @@ def announce(
     when: str,
     bytes_per_example: int,
     num_examples: int,
+    merges: bool,
 ) -> None:
     """One line on what will be captured; one warning that names what is not."""
+    waiting = ""
+    if merges:
+        each = num_examples * expected_bytes_per_row(plans, bytes_per_example) / 1e6
+        waiting = f", and {each:.1f} MB beside it for each captured epoch until they are merged"
+        plans = {name: replace(plan, codec="eigen") for name, plan in plans.items()}
     codecs = [plan.codec for plan in plans.values()]
     row = expected_bytes_per_row(plans, bytes_per_example)
     size = expected_file_bytes(plans, row, num_examples)
@@ -36,7 +43,7 @@ def announce(
         f"InfluenceCallback: captures {when} into {path}: {len(codecs)} layers ("
         + ", ".join(f"{codecs.count(codec)} as {codec}" for codec in dict.fromkeys(codecs))
         + f"), {coverage.share:.1%} of the trainable parameters, {row:,} bytes per row, about "
-        f"{size / 1e6:.1f} MB for {num_examples:,} examples"
+        f"{size / 1e6:.1f} MB for {num_examples:,} examples{waiting}"
     )
     if any(layer.reason != NOT_CHOSEN for layer in coverage.uncovered):
         rank_zero_warn(f"InfluenceCallback: {coverage}")
@@ -50,6 +57,7 @@ def report_file(
     counts: RecordedCounts,
     agreement: Agreement,
     seconds: float,
+    merged: Sequence[int] = (),
 ) -> None:
     """The finished file's numbers, to the log and to the user's loggers."""
     size = path.stat().st_size / 1e6
@@ -72,8 +80,9 @@ def report_file(
     aged = f"staleness {agreement.staleness:.3f}"
     if agreement.note:
         aged = f"staleness not measured ({agreement.note})"
+    subject = f"epochs {', '.join(map(str, merged))} are merged" if merged else f"epoch {epoch} is"
     rank_zero_info(
-        f"InfluenceCallback: epoch {epoch} is in {path}: {counts.written:,} rows, "
+        f"InfluenceCallback: {subject} in {path}: {counts.written:,} rows, "
         f"{counts.missing:,} missing, {counts.invalid:,} invalid ({coverage:.1%} of the dataset), "
         f"{size:.1f} MB, {aged}"
     )

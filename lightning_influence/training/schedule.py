@@ -21,15 +21,18 @@ class CaptureSchedule:
         trainer: at the start of training, when the number of batches is known.
         epochs: that were asked for; of every n-th, the final one is one where it is certain.
         rows: "final" records no epoch's rows: they are made after training.
+        merges: whether the epochs become one row an example.
 
     Raises:
         CaptureError: if no epoch that was asked for will come.
     """
 
-    def __init__(self, trainer: Trainer, epochs: Epochs = "last", rows: Rows = "online") -> None:
+    def __init__(
+        self, trainer: Trainer, epochs: Epochs = "last", rows: Rows = "online", *, merges: bool = False
+    ) -> None:
         self.final_epoch = certain_final_epoch(trainer)
         self._epochs = epochs
-        self._rows = rows
+        self._rows, self._merges = rows, merges
         if isinstance(epochs, list) and 0 <= (trainer.max_epochs or -1) <= min(epochs):
             raise CaptureError(
                 f"`epochs={epochs}` names epochs counted from 0, of which `max_epochs={trainer.max_epochs}` "
@@ -78,9 +81,9 @@ class CaptureSchedule:
         if self._epochs == "last":
             return "each epoch (training may stop early)" if self.is_rolling else "the final epoch"
         if isinstance(self._epochs, list):
-            return f"epochs {', '.join(map(str, self._epochs))}"
+            return f"epochs {', '.join(map(str, self._epochs))}{', merged,' if self._merges else ''}"
         every = "every epoch" if self._epochs in ("every", 1) else f"every {self._epochs}th epoch"
-        return f"{every}, each as a segment,"
+        return f"{every}, {'merged' if self._merges else 'each as a segment'},"
 
 
 def certain_final_epoch(trainer: Trainer) -> int | None:

@@ -17,20 +17,21 @@ from torch.optim import Optimizer
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
-from lightning_influence.store import StoreWriter
 from lightning_influence.training import report
 from lightning_influence.training.bases import BasisPreparation
 from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.epoch import EpochCapture
 from lightning_influence.training.final_rows import FinalRows
 from lightning_influence.training.indices import IndexRecorder
+from lightning_influence.training.merging import TrajectoryCapture, captured_epochs
 from lightning_influence.training.mixing import check_mixing
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.planning import agree_on_plans
+from lightning_influence.training.recording import segment_recorder
 from lightning_influence.training.resume import Resumption, is_file_of, resume_path
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
-from lightning_influence.training.surroundings import check_supported, has_exact_average, processes_of
+from lightning_influence.training.surroundings import LayerRates, check_supported, has_exact_average, processes_of
 
 CHECKED_SHARE = 0.1  # of the captured batches after the first, at random: nothing periodic slips through
 
@@ -63,6 +64,7 @@ class CaptureSession:
         )
         self._plans: dict[str, LayerPlan] = {}
         self._bases = BasisPreparation(options.covariance_positions)
+        self._trajectory: TrajectoryCapture  # from the start of training
         self._final_rows: FinalRows | None = None
         self._schedule: CaptureSchedule | None = None
         self._epoch: int | None = None
@@ -112,7 +114,9 @@ class CaptureSession:
 
     def start_training(self) -> None:
         """When the number of batches is known."""
-        self._schedule = CaptureSchedule(self.trainer, self.options.epochs, self.options.rows)
+        options = self.options
+        self._schedule = CaptureSchedule(self.trainer, options.epochs, options.rows, merges=options.merges)
+        self._trajectory = TrajectoryCapture(options, self.path, self.store_id, self.processes)
         if self._resumption.is_wanted:
             self._resumption.load(self._resume_path, step=self.trainer.global_step, processes=self.processes)
 
@@ -162,7 +166,8 @@ class CaptureSession:
                 return
         if self._records_rows:
             if self._capture is None:
-                self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes)
+                rates = LayerRates(self.trainer, self._batches.tracking.layers)
+                self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes, rates)
                 if not self._is_unmixed:
                     self._batches.keep(batch, len(rows))
             self._capture.see(batch, rows, batch_idx)
@@ -205,6 +210,9 @@ class CaptureSession:
             with together():
                 if (state := self._resumption.fitting(self._plans)) is not None:
                     self._bases.load(state["bases"], self._plans)
+            if state is not None:
+                assert self._indices.num_examples is not None
+                self._trajectory.resume(state.get("trajectory"), self._plans, self._indices.num_examples)
         self._prepare_recorder()
         with together():
             for batch in batches if self._plans else ():
@@ -223,7 +231,8 @@ class CaptureSession:
         if capture is not None:
             self._raise_failure()
             kept = None if self._resumption.capture is None else capture.unfinished  # for a run that is resumed
-            if self.finished_epoch is None and kept is None and capture.has_examples():
+            is_first = self.finished_epoch is None and not self._trajectory.epochs
+            if is_first and kept is None and capture.has_examples():
                 self._end_batches()
             else:
                 report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept)
@@ -240,17 +249,31 @@ class CaptureSession:
                 self.path, self.store_id, self._indices.num_examples, self._bases.bases
             )
             self.finished_epoch = self._final_rows.epoch
+        if self._trajectory.epochs:
+            self.finished_epoch, self._agreement = self._trajectory.write(self.trainer, self.model)
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             report.warn_of_no_file(self.options.path, wanted)
         if self._is_epoch_whole:
             self._resume_path.unlink(missing_ok=True)
         self._is_over = True
-        codecs = {plan.codec for plan in self._plans.values()}
+        codecs = {"eigen" if self.options.merges else plan.codec for plan in self._plans.values()}
         report.warn_of_losses(self._agreement, codecs, self._normalizations or ())
+
+    def merge_after_exception(self) -> None:
+        """Of a run that was interrupted, merge the whole epochs, for the weights at the end of the last one."""
+        if (
+            self._schedule is not None
+            and not self._is_over
+            and self.processes.is_alone
+            and self._trajectory.epochs
+        ):
+            self.finished_epoch, self._agreement = self._trajectory.write(self.trainer, None)
 
     def fail(self, error: Exception) -> bool:
         """Whether the other processes have still to be told; then this one goes on until they are."""
+        if self._schedule is not None:
+            self._trajectory.close(keeps_rows=False)
         self._resumption.capture = None  # nothing that a resumed run should go on with
         if self.processes.is_alone or self.processes.is_over:
             return False
@@ -268,6 +291,8 @@ class CaptureSession:
         self._batches.close()
         self._indices.uninstall()
         self._drop_capture()
+        if self._schedule is not None:
+            self._trajectory.close(keeps_rows=not self._is_over and self._resume_path.exists())
         self._bases, self._is_over = BasisPreparation(self.options.covariance_positions), True
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -339,28 +364,33 @@ class CaptureSession:
         if self._normalizations is None:  # said once
             self._normalizations = report.normalizations_over_the_batch(self.model)
             report.warn_of_coupling(self._normalizations)
+        num_examples, epoch = self._indices.num_examples, self._epoch
+        if self.options.merges:
+            num_epochs = captured_epochs(self._schedule)
+            return self._trajectory.recorder(self._plans, epoch, num_examples=num_examples, num_epochs=num_epochs)
         is_resumed = self._resumption.is_wanted and is_file_of(self.path, self.store_id)
-        has_file = self.finished_epoch is not None or is_resumed
-        return Recorder(
-            StoreWriter(
-                self.path,
-                num_examples=self._indices.num_examples,
-                store_id=self.store_id,
-                segment=self._epoch,
-                after=self.path if has_file and self.options.keeps_segments else None,
-            ),
+        return segment_recorder(
+            self.path,
             self._plans,
+            self.options,
+            self.processes,
+            epoch=epoch,
+            num_examples=num_examples,
+            store_id=self.store_id,
+            has_file=self.finished_epoch is not None or is_resumed,
             bases=self._bases.bases,
-            bytes_per_example=self.options.bytes_per_example,
-            keep_covariances=self._schedule.keeps_covariances(self._epoch),
-            covariance_positions=self.options.covariance_positions,
-            processes=self.processes,
+            keep_covariances=self._schedule.keeps_covariances(epoch),
         )
 
     def _end_batches(self) -> None:
         """After an epoch's last batch: the file, and bases for the next."""
         capture, processes = self._capture, self.processes
-        if capture is not None and capture.recorder is not None:
+        if capture is not None and capture.recorder is not None and self.options.merges:
+            self._trajectory.add(
+                capture, self._batches.tracking, self._indices.datasets, is_whole=self._is_epoch_whole
+            )
+            self._capture, self._resumption.capture = None, None
+        elif capture is not None and capture.recorder is not None:
             self._agreement = capture.finish(
                 self.path, self._batches.tracking, self._indices.datasets, is_whole=self._is_epoch_whole
             )
@@ -377,12 +407,14 @@ class CaptureSession:
             return
         capture = None if self._capture is None else self._capture.state()
         seen = None if self._final_rows is None else self._final_rows.seen()
-        if capture is None and seen is None and self._bases.is_empty and self._resumption.capture is None:
+        trajectory = self._trajectory.state()
+        nothing = capture is None and seen is None and trajectory is None and self._bases.is_empty
+        if nothing and self._resumption.capture is None:
             return
         self._resumption.save(
             self._resume_path,
             self._plans,
-            {"bases": self._bases.state(), "seen": seen},
+            {"bases": self._bases.state(), "seen": seen, "trajectory": trajectory},
             capture,
             step=self.trainer.global_step,
             processes=self.processes,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -14,6 +17,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_influence.errors import UnsupportedTrainingError
+from lightning_influence.layers import TrackedLayer
 from lightning_influence.processes import ALONE, Processes
 
 
@@ -69,6 +73,52 @@ def learning_rate(trainer: Trainer) -> float:
     if not trainer.optimizers:
         return float("nan")
     return float(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class LayerRates:
+    """Mean learning rates of layers' parameters over an epoch.
+
+    A layer's is that of the parameter group of its first parameter that an optimizer has; zero without.
+
+    Args:
+        trainer: of the fit.
+        layers: by name.
+    """
+
+    def __init__(self, trainer: Trainer, layers: Mapping[str, TrackedLayer]) -> None:
+        groups = {
+            id(parameter): group
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self._groups: dict[str, dict[str, Any] | None] = {
+            name: next((groups[id(p)] for p in layer.parameters.values() if id(p) in groups), None)
+            for name, layer in layers.items()
+        }
+        self._totals = dict.fromkeys(layers, 0.0)
+        self._steps = 0
+
+    def add(self) -> None:
+        """Take in the rates of the batch that is about to be trained on."""
+        self._steps += 1
+        for name, group in self._groups.items():
+            if group is not None:
+                self._totals[name] += float(group["lr"])
+
+    def sums(self) -> dict[str, Any]:
+        """What `resume` needs."""
+        return {"totals": dict(self._totals), "steps": self._steps}
+
+    def resume(self, sums: Mapping[str, Any] | None) -> None:
+        """Add those of an earlier part of the epoch."""
+        if sums is not None:
+            self._steps += sums["steps"]
+            self._totals = {name: total + sums["totals"].get(name, 0.0) for name, total in self._totals.items()}
+
+    def means(self) -> dict[str, float]:
+        """By layer."""
+        return {name: total / max(self._steps, 1) for name, total in self._totals.items()}
 
 
 def backpropagated_factor(trainer: Trainer, model: LightningModule) -> float:

@@ -1,0 +1,198 @@
+"""Capture of several epochs that become one row an example: each epoch's rows wait on disk until the end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_influence.errors import CaptureError
+from lightning_influence.functional.weights import weights_hash
+from lightning_influence.layer_plan import LayerPlan, expected_file_bytes
+from lightning_influence.processes import Processes
+from lightning_influence.recorder import Recorder
+from lightning_influence.store import StoreWriter
+from lightning_influence.training import report
+from lightning_influence.training.epoch import EpochCapture, documents_of
+from lightning_influence.training.index_layout import DatasetRange
+from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.schedule import CaptureSchedule
+from lightning_influence.training.staleness import Agreement
+from lightning_influence.training.tracking import LayerTracking
+from lightning_influence.trajectory import Trajectory, epoch_writer
+
+COVARIANCE_EXAMPLES = 4096  # of all epochs together, that are enough for the covariances
+COVARIANCE_STRIDE = 8  # at most every how many-th example enters them
+NOTE = "rows are sums over epochs"
+
+
+class TrajectoryCapture:
+    """The captured epochs of one fit, and their merging.
+
+    Args:
+        options: what the user asked for.
+        path: of the file.
+        store_id: its id.
+        processes: that train together.
+    """
+
+    def __init__(self, options: CaptureOptions, path: Path, store_id: str, processes: Processes) -> None:
+        self._options, self._path, self._store_id, self._processes = options, path, store_id, processes
+        self._trajectory: Trajectory | None = None
+        self._attributes: dict[str, Any] = {}  # of the first and the last captured epoch
+        self._documents: dict[str, object] = {}
+
+    @property
+    def epochs(self) -> list[int]:
+        """Those that wait to be merged."""
+        return [] if self._trajectory is None else [epoch.epoch for epoch in self._trajectory.epochs]
+
+    def recorder(
+        self, plans: Mapping[str, LayerPlan], epoch: int, *, num_examples: int, num_epochs: int | None
+    ) -> Recorder:
+        """Of the epoch that begins.
+
+        Args:
+            plans: how layers are stored until they are merged.
+            epoch: its number.
+            num_examples: length of the dataset.
+            num_epochs: how many will be captured, where that is certain.
+
+        Raises:
+            CaptureError: if the disk has no room for all of them.
+        """
+        if self._trajectory is None:
+            self._trajectory = Trajectory(plans, self._processes)
+            self._check_room(plans, num_examples, num_epochs or 1)
+        stride = num_examples * (num_epochs or 1) // COVARIANCE_EXAMPLES
+        return Recorder(
+            epoch_writer(self._path, epoch, num_examples=num_examples, store_id=self._store_id),
+            plans,
+            covariance_positions=self._options.covariance_positions,
+            covariance_stride=max(1, min(COVARIANCE_STRIDE, stride)),
+            processes=self._processes,
+        )
+
+    def add(
+        self, capture: EpochCapture, tracking: LayerTracking, datasets: Sequence[DatasetRange], *, is_whole: bool
+    ) -> None:
+        """Take over a captured epoch's rows, after its last batch."""
+        assert self._trajectory is not None
+        assert capture.recorder is not None
+        with self._processes.together():
+            attributes = capture.attributes(is_whole=is_whole)
+            documents = documents_of(capture.recorder, tracking, datasets)
+            rates = capture.learning_rates()
+        facts = {
+            k: attributes[k] for k in ("step_start", "step_end", "is_whole", "is_resumed", "batches_captured")
+        }
+        self._trajectory.add(capture.recorder, epoch=capture.epoch, weights=rates, facts=facts)
+        first = {k: self._attributes.get(k, attributes.get(k)) for k in ("step_start", "weights_hash_start")}
+        whole = {k: self._attributes.get(k, attributes[k]) and attributes[k] for k in ("is_whole",)}
+        self._attributes = {**attributes, **{k: v for k, v in first.items() if v is not None}, **whole}
+        self._documents = documents
+
+    def write(self, trainer: Trainer, model: LightningModule | None) -> tuple[int, Agreement]:
+        """Merge the epochs and write the file, all processes together.
+
+        Args:
+            trainer: of the fit.
+            model: at the weights that the file is for; None: those at the last captured epoch's end.
+
+        Returns:
+            The last captured epoch, and how well scores of stored rows agree with those of exact ones.
+        """
+        assert self._trajectory is not None
+        began, epoch, agreement = time.monotonic(), self.epochs[-1], Agreement(note=NOTE)
+        with self._processes.together():
+            if self._processes.is_first:
+                if model is not None:
+                    self._attributes["weights_hash_end"] = weights_hash(model)
+                writer = StoreWriter(
+                    self._path,
+                    num_examples=self._trajectory.epochs[0].writer.num_examples,
+                    store_id=self._store_id,
+                    segment=epoch,
+                )
+                try:
+                    merged = self._trajectory.merge(writer, bytes_per_example=self._options.bytes_per_example)
+                    agreement = Agreement(codec=merged.codec_spearman, note=NOTE)
+                    facts = {
+                        "codec_spearman": merged.codec_spearman,
+                        "staleness_note": NOTE,
+                        "trajectory": "merge",
+                    }
+                    self._trajectory.finish(
+                        writer,
+                        merged,
+                        attributes={**self._attributes, "staleness_spearman": math.nan, **facts},
+                        documents=self._documents,
+                    )
+                except BaseException:
+                    writer.discard()
+                    raise
+                report.report_file(
+                    trainer,
+                    self._path,
+                    epoch=epoch,
+                    counts=merged.counts,
+                    agreement=agreement,
+                    seconds=time.monotonic() - began,
+                    merged=self.epochs,
+                )
+        return epoch, agreement
+
+    def state(self) -> dict[str, Any] | None:
+        """What a resumed run needs, in plain values; None before the first captured epoch's end."""
+        if self._trajectory is None or not self.epochs:
+            return None
+        return {
+            "trajectory": self._trajectory.state(),
+            "attributes": dict(self._attributes),
+        }
+
+    def resume(self, state: Mapping[str, Any] | None, plans: Mapping[str, LayerPlan], num_examples: int) -> None:
+        """Go on with the epochs that an earlier run has captured, all processes together."""
+        if state is None or self._trajectory is not None:
+            return
+        self._trajectory = Trajectory(plans, self._processes)
+        with self._processes.together():
+            self._attributes = dict(state["attributes"])
+            lost = self._trajectory.resume(
+                state["trajectory"], self._path, num_examples=num_examples, store_id=self._store_id
+            )
+        if lost:
+            rank_zero_warn(
+                f"InfluenceCallback: the rows of epochs {lost} are not beside {self._path} any more, so they will not "
+                "be in the file; its document 'trajectory' says which are."
+            )
+
+    def close(self, *, keeps_rows: bool) -> None:
+        """Leave the epochs' rows to a resumed run, or delete them; may be called more than once."""
+        if self._trajectory is not None:
+            (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
+
+    def _check_room(self, plans: Mapping[str, LayerPlan], num_examples: int, num_epochs: int) -> None:
+        row = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values())
+        wanted = num_epochs * expected_file_bytes(plans, row, num_examples)
+        folder = next(parent for parent in self._path.parents if parent.exists())
+        free = shutil.disk_usage(folder).free
+        if wanted > free:
+            raise CaptureError(
+                f"Rows of {num_epochs} epochs wait for their merging beside {self._path} and take about "
+                f"{wanted / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Capture every n-th epoch (`epochs=n`), "
+                'fewer layers (`layers=`), or pass `trajectory="segments"`, whose rows are compressed at once.'
+            )
+
+
+def captured_epochs(schedule: CaptureSchedule) -> int | None:
+    """How many epochs will be captured, where that is certain."""
+    if schedule.final_epoch is None:
+        return None
+    return sum(schedule.wants(epoch) for epoch in range(schedule.final_epoch + 1))

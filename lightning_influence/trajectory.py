@@ -41,7 +41,7 @@ from lightning_influence.row_file import RecordedCounts, specs
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreWriter
 
-CHUNK_BYTES = 128 * 2**20  # of gradients that are added up at a time
+CHUNK_BYTES = 8 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 SAMPLES = 2048  # gradients, of all epochs together, of which Lambda is made
 SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
 QUERIES = 16
@@ -305,7 +305,7 @@ class Trajectory:
             o, i = plan.shape
             is_pairs = plan.codec == "pairs"
             most = max(most, len(self.epochs) * plan.positions * (o + i) if is_pairs else 2 * o * i)
-        return max(1, min(4096, CHUNK_BYTES // (4 * most)))
+        return max(1, min(512, CHUNK_BYTES // (4 * most)))
 
     def _agreement(
         self,

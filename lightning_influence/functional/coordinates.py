@@ -1,7 +1,8 @@
 """Some of a gradient's coordinates in the eigenbasis, without making the others.
 
 Coordinates that carry much lie in few rows and columns of Q_S^T G Q_A, so only these are rotated: r of the o
-output directions and c of the i input directions.
+output directions and c of the i input directions. Of the r c products few are wanted: a leading row's with many
+columns, a late one's with the first few. So rows that need about as many columns are multiplied together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class CoordinateSelection:
         self._columns, column_of = (kept % i).unique(return_inverse=True)  # [c], [k]
         self._places = row_of * len(self._columns) + column_of  # in the flattened [r, c]
         self._row_of, self._column_of = row_of, column_of
+        self._blocks, self._block_places = _blocks_of(row_of, column_of)
+        self._products = sum(len(rows) * len(columns) for rows, columns in self._blocks)
         self._is_grouped = basis.eigenvalues_S.ndim > 1
         if not self._is_grouped:
             self._Q_A = None if basis.Q_A is None else basis.Q_A[:, self._columns].contiguous()
@@ -51,8 +54,12 @@ class CoordinateSelection:
         inputs = gradient.inputs[..., self._columns] if self._Q_A is None else gradient.inputs @ self._Q_A
         grads = gradient.output_grads[..., self._rows] if self._Q_S is None else gradient.output_grads @ self._Q_S
         if gradient.positions == 1 and len(self.kept) < len(self._rows) * len(self._columns):
-            return grads[:, 0, self._row_of] * inputs[:, 0, self._column_of]
-        return (grads.mT @ inputs).flatten(1)[:, self._places]
+            return grads[:, 0].index_select(1, self._row_of) * inputs[:, 0].index_select(1, self._column_of)
+        products = [
+            (grads.index_select(2, rows).mT @ inputs.index_select(2, columns)).flatten(1)
+            for rows, columns in self._blocks
+        ]
+        return torch.cat(products, dim=1).index_select(1, self._block_places)
 
     def _of_dense(self, dense: Tensor) -> Tensor:
         """Of gradients [n, o, i], the side first that makes them smaller."""
@@ -61,7 +68,7 @@ class CoordinateSelection:
             rotated = self._columns_of(self._rows_of(dense))
         else:
             rotated = self._rows_of(self._columns_of(dense))
-        return rotated.flatten(1)[:, self._places]
+        return rotated.flatten(1).index_select(1, self._places)
 
     def _rows_of(self, dense: Tensor) -> Tensor:
         return dense[:, self._rows] if self._Q_S is None else self._Q_S.T @ dense
@@ -82,10 +89,35 @@ class CoordinateSelection:
     def _is_cheaper_by_factors(self, gradient: FactoredGradient) -> bool:
         """Whether rotating s positions takes fewer multiply-adds than rotating their sum."""
         s, r, c, (o, i) = gradient.positions, len(self._rows), len(self._columns), self.basis.shape
-        by_factors = s * (r * c + o * r * (self._Q_S is not None) + i * c * (self._Q_A is not None))
+        by_factors = s * (self._products + o * r * (self._Q_S is not None) + i * c * (self._Q_A is not None))
         return by_factors <= s * o * i + min(r * i * (o + c), o * c * (i + r))
 
     def _chunks(self, gradient: FactoredGradient) -> list[FactoredGradient]:
         """As many examples at a time as their coordinates take 64 MB."""
-        step = max(1, chunk_elements(gradient.device) // (len(self._rows) * len(self._columns)))
+        elements = self._products + gradient.positions * (len(self._rows) + len(self._columns))
+        step = max(1, chunk_elements(gradient.device) // elements)
         return [gradient[start : start + step] for start in range(0, len(gradient), step)]
+
+
+def _blocks_of(row_of: Tensor, column_of: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Rectangles of rows and columns that hold all wanted places.
+
+    Args:
+        row_of: int64 [k], the wanted places' rows, counted from 0 without gaps.
+        column_of: int64 [k], their columns, likewise.
+
+    Returns:
+        Each rectangle's rows and columns, and int64 [k]: where in the flattened rectangles, one after the other,
+        the wanted places are.
+    """
+    counts = row_of.bincount()  # columns that each row needs
+    level_of = counts.double().log2().floor().long().div(2, rounding_mode="floor")[row_of]  # [k]: 1-3, 4-15, ...
+    blocks, places, start = [], torch.empty_like(row_of), 0
+    for level in level_of.unique():
+        inside = level_of == level
+        rows, row_in = row_of[inside].unique(return_inverse=True)
+        columns, column_in = column_of[inside].unique(return_inverse=True)
+        places[inside] = start + row_in * len(columns) + column_in
+        start += len(rows) * len(columns)
+        blocks.append((rows, columns))
+    return blocks, places

@@ -233,6 +233,11 @@ class InfluenceModule(LightningModule):
         ]
         if facts.get("rows") == "final":
             lines.insert(1, "captured in eval mode, at the weights after training")
+        elif facts.get("trajectory") == "merge":
+            merged = ", ".join(str(e["epoch"]) for e in self.store.document("trajectory")["epochs"])
+            lines.insert(
+                1, f"merged from epochs {merged}, weighted by their learning rates, for the final weights"
+            )
         elif "epoch" in facts:
             resumed = "" if facts.get("is_whole", True) else " (a part of it: it was resumed, or cut short)"
             lines[1:1] = [

@@ -8,6 +8,7 @@ has none yet sends all blocks to a temporary spool, which is read again once at 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -48,7 +49,8 @@ class Recorder:
         bytes_per_example: budget of the eigen codec over all its layers.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
-        covariance_stride: every how many-th example enters them.
+        covariance_stride: every how many-th block enters them, at random with a seed; the first one always does.
+        block_examples: how many are gathered before they are written.
         processes: that record together.
 
     Attributes:
@@ -65,10 +67,13 @@ class Recorder:
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
         covariance_stride: int = 1,
+        block_examples: int = BLOCK_EXAMPLES,
         processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
-        self._stride, self._offsets = covariance_stride, torch.Generator().manual_seed(0)
+        self._stride, self._random = covariance_stride, random.Random(writer.segment)
+        self._blocks_to_skip = 0  # before the next whose covariances are summed
+        self._block_examples = block_examples
         self.writer = writer
         self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
@@ -107,7 +112,7 @@ class Recorder:
         if self.needs_layout:
             if self._processes.is_alone and self.has_enough(*self.waiting):
                 self._flush()
-        elif sum(len(b) for b in self._buffer) >= BLOCK_EXAMPLES or self._buffered_bytes >= BLOCK_BYTES:
+        elif sum(len(b) for b in self._buffer) >= self._block_examples or self._buffered_bytes >= BLOCK_BYTES:
             self._flush()
 
     @property
@@ -129,7 +134,7 @@ class Recorder:
         """Whether these are enough for `lay_out`."""
         if self._chooses_coordinates:
             return examples >= min(FIRST_EXAMPLES, BLOCK_EXAMPLES) or nbytes >= FIRST_BYTES
-        return examples >= BLOCK_EXAMPLES or nbytes >= BLOCK_BYTES
+        return examples >= self._block_examples or nbytes >= BLOCK_BYTES
 
     def lay_out(self) -> None:
         """Choose what rows keep, by what all processes have seen so far, and make the file."""
@@ -153,7 +158,7 @@ class Recorder:
         if not isinstance(record, EigenRecord) or isinstance(gradient, Coordinates):
             return gradient
         if name in self.covariances:
-            self.covariances[name].to(gradient.device).update(self._share(gradient.finite()))
+            self.covariances[name].to(gradient.device).update(gradient.finite())
         return record.reduce(gradient)
 
     def next_bases(self) -> dict[str, Eigenbasis]:
@@ -324,17 +329,14 @@ class Recorder:
             self._rows.write_invalid(invalid)
         if not len(block):
             return None
+        if self._blocks_to_skip:
+            self._blocks_to_skip -= 1
+            return block
+        self._blocks_to_skip = self._random.randrange(2 * self._stride - 1)
         for name, metric in self.covariances.items():
             if not isinstance(block.gradients[name], Coordinates):
-                metric.to(block.device).update(self._share(block.gradients[name]))
+                metric.to(block.device).update(block.gradients[name])
         return block
-
-    def _share(self, gradient: LayerGradient) -> LayerGradient:
-        """The examples that enter the covariances."""
-        if self._stride == 1:
-            return gradient
-        first = int(torch.randint(min(self._stride, len(gradient)), (), generator=self._offsets))
-        return gradient[first :: self._stride]
 
 
 def _check_own(seen: np.ndarray, processes: Processes) -> None:

@@ -28,7 +28,7 @@ from lightning_influence.training.tracking import LayerTracking
 from lightning_influence.trajectory import Trajectory, epoch_writer
 
 COVARIANCE_EXAMPLES = 4096  # of all epochs together, that are enough for the covariances
-COVARIANCE_STRIDE = 8  # at most every how many-th example enters them
+COVARIANCE_STRIDE = 8  # at most every how many-th step enters them
 NOTE = "rows are sums over epochs"
 
 
@@ -76,6 +76,7 @@ class TrajectoryCapture:
             plans,
             covariance_positions=self._options.covariance_positions,
             covariance_stride=max(1, min(COVARIANCE_STRIDE, stride)),
+            block_examples=1,
             processes=self._processes,
         )
 

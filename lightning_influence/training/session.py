@@ -34,6 +34,7 @@ from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.surroundings import LayerRates, check_supported, has_exact_average, processes_of
 
 CHECKED_SHARE = 0.1  # of the captured batches after the first, at random: nothing periodic slips through
+CHECKED_SHARE_OF_OTHERS = 0.02  # in the epochs that are merged with one that was checked so
 
 
 class CaptureSession:
@@ -178,7 +179,8 @@ class CaptureSession:
         if self._skips_rest or self._failure is not None:
             return
         is_first = self._records_rows and (self._capture is None or self._capture.recorder is None)
-        is_checked = not self._batches.tracking.is_verified or is_first or self._random.random() < CHECKED_SHARE
+        share = CHECKED_SHARE_OF_OTHERS if self._trajectory.epochs else CHECKED_SHARE
+        is_checked = not self._batches.tracking.is_verified or is_first or self._random.random() < share
         self._batches.before_backward(loss, is_checked=is_checked)
 
     def after_backward(self) -> None:

@@ -214,7 +214,7 @@ def test_stochastic_averaging_with_batch_norm_ends_with_weights_that_no_file_has
 @pytest.fixture
 def joined(tmp_path: Path) -> tuple[StoreReader, Path]:
     """A file of two epochs, and the folder of their checkpoints `epoch=0-step=3` and `epoch=1-step=6`."""
-    callback = InfluenceCallback(tmp_path / "influence.h5", epochs="every")
+    callback = InfluenceCallback(tmp_path / "influence.h5", epochs="every", trajectory="segments")
     train(tmp_path, callback, saver(tmp_path), max_epochs=2)
     return StoreReader(tmp_path / "influence.h5"), tmp_path / "checkpoints"
 

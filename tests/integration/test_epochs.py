@@ -41,7 +41,8 @@ def train(
 ) -> Path:
     """Train with capture; the path of the file."""
     path = folder / "influence.h5"
-    capture = InfluenceCallback(path, codec=codec, epochs=options.pop("epochs", "last"), on_error="raise")
+    epochs = options.pop("epochs", "last")
+    capture = InfluenceCallback(path, codec=codec, epochs=epochs, trajectory="segments", on_error="raise")
     fit(folder, Classifier() if model is None else model, loader(), capture, *callbacks, **options)
     return path
 

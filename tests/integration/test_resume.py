@@ -101,7 +101,7 @@ def train(
     """
     path = folder / "influence.h5"
     others = options.pop("callbacks", [])
-    own: Any = {name: options.pop(name) for name in ("epochs", "rows") if name in options}
+    own: Any = {name: options.pop(name) for name in ("epochs", "rows", "trajectory") if name in options}
     callback = InfluenceCallback(path, codec=codec, on_error="raise", covariance_positions=None, **own)
     saving = ModelCheckpoint(folder / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=every)
     trainer = make_trainer(
@@ -363,7 +363,7 @@ def test_a_run_that_crashes_again_before_the_next_checkpoint_goes_on_from_the_sa
 def test_a_resumed_run_keeps_earlier_segments_and_drops_those_of_the_past_that_it_left(
     tmp_path: Path, after: int
 ) -> None:
-    options = {"codec": "pairs-float32", "epochs": "every"}
+    options = {"codec": "pairs-float32", "epochs": "every", "trajectory": "segments"}
     every = None if after == 5 else 4
     path = train(tmp_path, Ending(), every=every, **options)
     before = StoreReader(path)

@@ -259,14 +259,19 @@ ENDS = [
         'epochs="every"',
         Expected("epochs 0 1 2"),
         trainer=partial(dict, max_epochs=3),
-        influence={"epochs": "every"},
+        influence={"epochs": "every", "trajectory": "segments"},
     ),
-    Situation("epochs=2", Expected("epochs 1 3"), trainer=partial(dict, max_epochs=4), influence={"epochs": 2}),
+    Situation(
+        "epochs=2",
+        Expected("epochs 1 3"),
+        trainer=partial(dict, max_epochs=4),
+        influence={"epochs": 2, "trajectory": "segments"},
+    ),
     Situation(
         "epochs=[0, 2]",
         Expected("epochs 0 2", tolerance=INT8, factors=SPOOLED),
         trainer=partial(dict, max_epochs=3),
-        influence={"epochs": [0, 2], "codec": "eigen"},
+        influence={"epochs": [0, 2], "trajectory": "segments", "codec": "eigen"},
     ),
     Situation('rows="final"', influence={"rows": "final"}, check=rows_are_of_the_final_weights),
     Situation(

@@ -64,7 +64,7 @@ PROCESSES = [
         'ddp_fork x 2, codec eigen, epochs="every"',
         "ddp_fork",
         expected=Expected("epochs 0 1", f"{ODD}/0/0", tolerance=INT8, factors=SPOOLED),
-        influence={"codec": "eigen", "epochs": "every"},
+        influence={"codec": "eigen", "epochs": "every", "trajectory": "segments"},
     ),
     processes(
         "ddp_fork x 2, sequences, codec eigen",

@@ -22,13 +22,13 @@ from lightning_influence.training import report
 from lightning_influence.training.epoch import EpochCapture, documents_of
 from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.options import CaptureOptions
-from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.tracking import LayerTracking
 from lightning_influence.trajectory import Trajectory, epoch_writer
 
 COVARIANCE_EXAMPLES = 4096  # of all epochs together, that are enough for the covariances
 COVARIANCE_STRIDE = 8  # at most every how many-th step enters them
+EPOCH_FACTS = ("step_start", "step_end", "is_whole", "is_resumed", "batches_captured")
 NOTE = "rows are sums over epochs"
 
 
@@ -40,9 +40,13 @@ class TrajectoryCapture:
         path: of the file.
         store_id: its id.
         processes: that train together.
+        num_epochs: how many will be captured, where that is certain.
     """
 
-    def __init__(self, options: CaptureOptions, path: Path, store_id: str, processes: Processes) -> None:
+    def __init__(
+        self, options: CaptureOptions, path: Path, store_id: str, processes: Processes, num_epochs: int | None
+    ) -> None:
+        self._num_epochs = num_epochs or 1
         self._options, self._path, self._store_id, self._processes = options, path, store_id, processes
         self._trajectory: Trajectory | None = None
         self._attributes: dict[str, Any] = {}  # of the first and the last captured epoch
@@ -53,24 +57,21 @@ class TrajectoryCapture:
         """Those that wait to be merged."""
         return [] if self._trajectory is None else [epoch.epoch for epoch in self._trajectory.epochs]
 
-    def recorder(
-        self, plans: Mapping[str, LayerPlan], epoch: int, *, num_examples: int, num_epochs: int | None
-    ) -> Recorder:
+    def recorder(self, plans: Mapping[str, LayerPlan], epoch: int, *, num_examples: int) -> Recorder:
         """Of the epoch that begins.
 
         Args:
             plans: how layers are stored until they are merged.
             epoch: its number.
             num_examples: length of the dataset.
-            num_epochs: how many will be captured, where that is certain.
 
         Raises:
             CaptureError: if the disk has no room for all of them.
         """
         if self._trajectory is None:
-            self._trajectory = Trajectory(plans, self._processes)
-            self._check_room(plans, num_examples, num_epochs or 1)
-        stride = num_examples * (num_epochs or 1) // COVARIANCE_EXAMPLES
+            self._trajectory = Trajectory(self._processes)
+            self._check_room(plans, num_examples)
+        stride = num_examples * self._num_epochs // COVARIANCE_EXAMPLES
         return Recorder(
             epoch_writer(self._path, epoch, num_examples=num_examples, store_id=self._store_id),
             plans,
@@ -90,13 +91,12 @@ class TrajectoryCapture:
             attributes = capture.attributes(is_whole=is_whole)
             documents = documents_of(capture.recorder, tracking, datasets)
             rates = capture.learning_rates()
-        facts = {
-            k: attributes[k] for k in ("step_start", "step_end", "is_whole", "is_resumed", "batches_captured")
-        }
+        facts = {k: attributes[k] for k in EPOCH_FACTS if k in attributes}
         self._trajectory.add(capture.recorder, epoch=capture.epoch, weights=rates, facts=facts)
-        first = {k: self._attributes.get(k, attributes.get(k)) for k in ("step_start", "weights_hash_start")}
-        whole = {k: self._attributes.get(k, attributes[k]) and attributes[k] for k in ("is_whole",)}
-        self._attributes = {**attributes, **{k: v for k, v in first.items() if v is not None}, **whole}
+        kept = ("step_start", "weights_hash_start")
+        first: dict[str, Any] = {key: self._attributes[key] for key in kept if key in self._attributes}
+        is_whole = attributes["is_whole"] and self._attributes.get("is_whole", True)
+        self._attributes = {**attributes, **first, "is_whole": is_whole}
         self._documents = documents
 
     def write(self, trainer: Trainer, model: LightningModule | None) -> tuple[int, Agreement]:
@@ -124,15 +124,16 @@ class TrajectoryCapture:
                 try:
                     merged = self._trajectory.merge(writer, bytes_per_example=self._options.bytes_per_example)
                     agreement = Agreement(codec=merged.codec_spearman, note=NOTE)
-                    facts = {
-                        "codec_spearman": merged.codec_spearman,
-                        "staleness_note": NOTE,
-                        "trajectory": "merge",
-                    }
                     self._trajectory.finish(
                         writer,
                         merged,
-                        attributes={**self._attributes, "staleness_spearman": math.nan, **facts},
+                        attributes={
+                            **self._attributes,
+                            "trajectory": "merge",
+                            "codec_spearman": merged.codec_spearman,
+                            "staleness_spearman": math.nan,
+                            "staleness_note": NOTE,
+                        },
                         documents=self._documents,
                     )
                 except BaseException:
@@ -158,20 +159,22 @@ class TrajectoryCapture:
             "attributes": dict(self._attributes),
         }
 
-    def resume(self, state: Mapping[str, Any] | None, plans: Mapping[str, LayerPlan], num_examples: int) -> None:
+    def resume(
+        self, state: Mapping[str, Any] | None, plans: Mapping[str, LayerPlan], num_examples: int | None
+    ) -> None:
         """Go on with the epochs that an earlier run has captured, all processes together."""
-        if state is None or self._trajectory is not None:
+        if state is None or num_examples is None or self._trajectory is not None:
             return
-        self._trajectory = Trajectory(plans, self._processes)
+        self._trajectory = Trajectory(self._processes)
         with self._processes.together():
             self._attributes = dict(state["attributes"])
             lost = self._trajectory.resume(
-                state["trajectory"], self._path, num_examples=num_examples, store_id=self._store_id
+                state["trajectory"], plans, self._path, num_examples=num_examples, store_id=self._store_id
             )
         if lost:
             rank_zero_warn(
-                f"InfluenceCallback: the rows of epochs {lost} are not beside {self._path} any more, so they will not "
-                "be in the file; its document 'trajectory' says which are."
+                f"InfluenceCallback: the rows of epochs {lost} are not beside {self._path} any more, so they will "
+                "not be in the file; its document 'trajectory' says which are."
             )
 
     def close(self, *, keeps_rows: bool) -> None:
@@ -179,21 +182,14 @@ class TrajectoryCapture:
         if self._trajectory is not None:
             (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
 
-    def _check_room(self, plans: Mapping[str, LayerPlan], num_examples: int, num_epochs: int) -> None:
+    def _check_room(self, plans: Mapping[str, LayerPlan], num_examples: int) -> None:
         row = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values())
-        wanted = num_epochs * expected_file_bytes(plans, row, num_examples)
+        wanted = self._num_epochs * expected_file_bytes(plans, row, num_examples)
         folder = next(parent for parent in self._path.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         if wanted > free:
             raise CaptureError(
-                f"Rows of {num_epochs} epochs wait for their merging beside {self._path} and take about "
+                f"Rows of {self._num_epochs} epochs wait for their merging beside {self._path} and take about "
                 f"{wanted / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Capture every n-th epoch (`epochs=n`), "
                 'fewer layers (`layers=`), or pass `trajectory="segments"`, whose rows are compressed at once.'
             )
-
-
-def captured_epochs(schedule: CaptureSchedule) -> int | None:
-    """How many epochs will be captured, where that is certain."""
-    if schedule.final_epoch is None:
-        return None
-    return sum(schedule.wants(epoch) for epoch in range(schedule.final_epoch + 1))

@@ -67,8 +67,9 @@ class CaptureOptions:
 
         if self.merges and self.codec not in ("auto", "eigen"):
             raise ValueError(
-                "Merged rows are sums over epochs, which are stored as eigen-coordinates: `codec` must be 'auto' or "
-                f"'eigen', got {self.codec!r}; or pass `trajectory=\"segments\"`, which keeps epochs apart."
+                "Merged rows are sums over epochs, which are stored as eigen-coordinates: `codec` must be "
+                f"'auto' or 'eigen', got {self.codec!r}; or pass "
+                '`trajectory="segments"`, which keeps epochs apart.'
             )
 
     @property

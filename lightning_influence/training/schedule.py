@@ -58,6 +58,10 @@ class CaptureSchedule:
             return ((epoch + 1) if final is None else (final - epoch)) % self._epochs == 0
         return self._epochs == "every" or final is None or epoch == final
 
+    def count(self) -> int | None:
+        """How many epochs the file is to hold, where that is certain."""
+        return None if self.final_epoch is None else sum(map(self.wants, range(self.final_epoch + 1)))
+
     def records_rows(self, epoch: int) -> bool:
         """Whether this epoch's rows are written as it goes."""
         return self._rows == "online" and self.wants(epoch)

@@ -16,21 +16,18 @@ from torch.optim import Optimizer
 
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import ALONE, Processes
-from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
 from lightning_influence.training.bases import BasisPreparation
 from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.epoch import EpochCapture
 from lightning_influence.training.final_rows import FinalRows
 from lightning_influence.training.indices import IndexRecorder
-from lightning_influence.training.merging import TrajectoryCapture, captured_epochs
 from lightning_influence.training.mixing import check_mixing
 from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.outcome import Outcome
 from lightning_influence.training.planning import agree_on_plans
-from lightning_influence.training.recording import segment_recorder
-from lightning_influence.training.resume import Resumption, is_file_of, resume_path
+from lightning_influence.training.resume import Resumption, resume_path
 from lightning_influence.training.schedule import CaptureSchedule
-from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.surroundings import LayerRates, check_supported, has_exact_average, processes_of
 
 CHECKED_SHARE = 0.1  # of the captured batches after the first, at random: nothing periodic slips through
@@ -55,7 +52,6 @@ class CaptureSession:
 
     def __init__(self, options: CaptureOptions, trainer: Trainer, model: LightningModule, store_id: str) -> None:
         self.options, self.trainer, self.model, self.store_id = options, trainer, model, store_id
-        self.finished_epoch: int | None = None
         self.processes: Processes = ALONE
         self._batches = BatchCapture(trainer, model, options, self._wanted)
         self._path = options.path.absolute()  # whatever the working directory becomes
@@ -65,13 +61,12 @@ class CaptureSession:
         )
         self._plans: dict[str, LayerPlan] = {}
         self._bases = BasisPreparation(options.covariance_positions)
-        self._trajectory: TrajectoryCapture  # from the start of training
+        self._outcome: Outcome  # from the start of training
         self._final_rows: FinalRows | None = None
         self._schedule: CaptureSchedule | None = None
         self._epoch: int | None = None
         self._records_rows = self._is_for_bases = self._watches_rows = False  # what the epoch is for
         self._capture: EpochCapture | None = None
-        self._agreement = Agreement()
         self._normalizations: list[str] | None = None
         self._skips_rest = False
         self._is_epoch_whole = False  # whether the epoch has reached its last batch
@@ -91,6 +86,11 @@ class CaptureSession:
     def has_started(self) -> bool:
         """Whether training began; a fit that has reached its last epoch before does not."""
         return self._schedule is not None
+
+    @property
+    def finished_epoch(self) -> int | None:
+        """The last that is in the file; None while there is no file of this run."""
+        return self._outcome.finished_epoch if self.has_started else None
 
     def start(self, callback: Callback) -> None:
         """Before the training dataloader is made, for the trainer's callback whose session this is."""
@@ -117,8 +117,11 @@ class CaptureSession:
         """When the number of batches is known."""
         options = self.options
         self._schedule = CaptureSchedule(self.trainer, options.epochs, options.rows, merges=options.merges)
-        self._trajectory = TrajectoryCapture(options, self.path, self.store_id, self.processes)
-        if self._resumption.is_wanted:
+        is_resumed = self._resumption.is_wanted
+        self._outcome = Outcome(
+            options, self.path, self.store_id, self._schedule, self.processes, is_resumed=is_resumed
+        )
+        if is_resumed:
             self._resumption.load(self._resume_path, step=self.trainer.global_step, processes=self.processes)
 
     def start_epoch(self) -> None:
@@ -179,7 +182,7 @@ class CaptureSession:
         if self._skips_rest or self._failure is not None:
             return
         is_first = self._records_rows and (self._capture is None or self._capture.recorder is None)
-        share = CHECKED_SHARE_OF_OTHERS if self._trajectory.epochs else CHECKED_SHARE
+        share = CHECKED_SHARE_OF_OTHERS if self._outcome.trajectory.epochs else CHECKED_SHARE
         is_checked = not self._batches.tracking.is_verified or is_first or self._random.random() < share
         self._batches.before_backward(loss, is_checked=is_checked)
 
@@ -213,8 +216,7 @@ class CaptureSession:
                 if (state := self._resumption.fitting(self._plans)) is not None:
                     self._bases.load(state["bases"], self._plans)
             if state is not None:
-                assert self._indices.num_examples is not None
-                self._trajectory.resume(state.get("trajectory"), self._plans, self._indices.num_examples)
+                self._outcome.trajectory.resume(state.get("trajectory"), self._plans, self._indices.num_examples)
         self._prepare_recorder()
         with together():
             for batch in batches if self._plans else ():
@@ -233,8 +235,7 @@ class CaptureSession:
         if capture is not None:
             self._raise_failure()
             kept = None if self._resumption.capture is None else capture.unfinished  # for a run that is resumed
-            is_first = self.finished_epoch is None and not self._trajectory.epochs
-            if is_first and kept is None and capture.has_examples():
+            if self._outcome.is_empty and kept is None and capture.has_examples():
                 self._end_batches()
             else:
                 report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept)
@@ -246,13 +247,8 @@ class CaptureSession:
         """Capture rows that are wanted at the final weights; say so if there is no file, or its rows are old."""
         self._raise_failure()
         if self._final_rows is not None and self._plans:
-            assert self._indices.num_examples is not None
-            self._agreement = self._final_rows.write(
-                self.path, self.store_id, self._indices.num_examples, self._bases.bases
-            )
-            self.finished_epoch = self._final_rows.epoch
-        if self._trajectory.epochs:
-            self.finished_epoch, self._agreement = self._trajectory.write(self.trainer, self.model)
+            self._outcome.write_final_rows(self._final_rows, self._indices.num_examples, self._bases.bases)
+        self._outcome.merge(self.trainer, self.model)
         if self.finished_epoch is None:
             wanted = self._schedule.final_epoch if self._schedule is not None else None
             report.warn_of_no_file(self.options.path, wanted)
@@ -260,22 +256,17 @@ class CaptureSession:
             self._resume_path.unlink(missing_ok=True)
         self._is_over = True
         codecs = {"eigen" if self.options.merges else plan.codec for plan in self._plans.values()}
-        report.warn_of_losses(self._agreement, codecs, self._normalizations or ())
+        report.warn_of_losses(self._outcome.agreement, codecs, self._normalizations or ())
 
     def merge_after_exception(self) -> None:
         """Of a run that was interrupted, merge the whole epochs, for the weights at the end of the last one."""
-        if (
-            self._schedule is not None
-            and not self._is_over
-            and self.processes.is_alone
-            and self._trajectory.epochs
-        ):
-            self.finished_epoch, self._agreement = self._trajectory.write(self.trainer, None)
+        if self.has_started and not self._is_over and self.processes.is_alone:
+            self._outcome.merge(self.trainer, None)
 
     def fail(self, error: Exception) -> bool:
         """Whether the other processes have still to be told; then this one goes on until they are."""
-        if self._schedule is not None:
-            self._trajectory.close(keeps_rows=False)
+        if self.has_started:
+            self._outcome.trajectory.close(keeps_rows=False)
         self._resumption.capture = None  # nothing that a resumed run should go on with
         if self.processes.is_alone or self.processes.is_over:
             return False
@@ -293,8 +284,8 @@ class CaptureSession:
         self._batches.close()
         self._indices.uninstall()
         self._drop_capture()
-        if self._schedule is not None:
-            self._trajectory.close(keeps_rows=not self._is_over and self._resume_path.exists())
+        if self.has_started:
+            self._outcome.trajectory.close(keeps_rows=not self._is_over and self._resume_path.exists())
         self._bases, self._is_over = BasisPreparation(self.options.covariance_positions), True
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -337,7 +328,11 @@ class CaptureSession:
             if not self._is_unmixed:
                 self._look_for_mixing(is_captured=True)
                 self._is_unmixed = True
-            capture.recorder = self._make_recorder()
+            if self._normalizations is None:  # said once
+                self._normalizations = report.normalizations_over_the_batch(self.model)
+                report.warn_of_coupling(self._normalizations)
+            num_examples = self._indices.num_examples
+            capture.recorder = self._outcome.recorder(self._plans, capture.epoch, num_examples, self._bases.bases)
         if self._resumption.is_within_epoch:
             capture.resume(self._resumption.take_capture(capture.epoch, self.path.parent, self.processes))
             with self.processes.together():
@@ -359,44 +354,14 @@ class CaptureSession:
         layers, n = self._batches.tracking.layers, self._batches.first_size
         check_mixing(self.trainer, self.model, layers, batch, n, is_captured=is_captured)
 
-    def _make_recorder(self) -> Recorder:
-        assert self._schedule is not None
-        assert self._indices.num_examples is not None
-        assert self._epoch is not None
-        if self._normalizations is None:  # said once
-            self._normalizations = report.normalizations_over_the_batch(self.model)
-            report.warn_of_coupling(self._normalizations)
-        num_examples, epoch = self._indices.num_examples, self._epoch
-        if self.options.merges:
-            num_epochs = captured_epochs(self._schedule)
-            return self._trajectory.recorder(self._plans, epoch, num_examples=num_examples, num_epochs=num_epochs)
-        is_resumed = self._resumption.is_wanted and is_file_of(self.path, self.store_id)
-        return segment_recorder(
-            self.path,
-            self._plans,
-            self.options,
-            self.processes,
-            epoch=epoch,
-            num_examples=num_examples,
-            store_id=self.store_id,
-            has_file=self.finished_epoch is not None or is_resumed,
-            bases=self._bases.bases,
-            keep_covariances=self._schedule.keeps_covariances(epoch),
-        )
-
     def _end_batches(self) -> None:
         """After an epoch's last batch: the file, and bases for the next."""
         capture, processes = self._capture, self.processes
-        if capture is not None and capture.recorder is not None and self.options.merges:
-            self._trajectory.add(
+        if capture is not None and capture.recorder is not None:
+            self._outcome.end_epoch(
                 capture, self._batches.tracking, self._indices.datasets, is_whole=self._is_epoch_whole
             )
             self._capture, self._resumption.capture = None, None
-        elif capture is not None and capture.recorder is not None:
-            self._agreement = capture.finish(
-                self.path, self._batches.tracking, self._indices.datasets, is_whole=self._is_epoch_whole
-            )
-            self.finished_epoch, self._capture, self._resumption.capture = capture.epoch, None, None
             with processes.together():
                 made = capture.next_bases() if processes.is_first else {}
             self._bases.share(made, processes)
@@ -409,9 +374,9 @@ class CaptureSession:
             return
         capture = None if self._capture is None else self._capture.state()
         seen = None if self._final_rows is None else self._final_rows.seen()
-        trajectory = self._trajectory.state()
-        nothing = capture is None and seen is None and trajectory is None and self._bases.is_empty
-        if nothing and self._resumption.capture is None:
+        trajectory = self._outcome.trajectory.state()
+        kept = (capture, seen, trajectory, self._resumption.capture)
+        if self._bases.is_empty and all(part is None for part in kept):
             return
         self._resumption.save(
             self._resume_path,

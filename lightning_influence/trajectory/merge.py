@@ -6,7 +6,7 @@ has trained on example n (nearly always once),
 
     G_n = sum_e w_e c_en G_en / sum_e w_e,
 
-the sum of TracIn (Pruthi et al. 2020, arXiv:2002.08484, Eq. (1)), but for the query's gradient, which is that of
+the sum of TracIn (Pruthi et al. 2020, arXiv:2002.08484), but for the query's gradient, which is that of
 the final weights, and in EK-FAC's metric: basis and Lambda are those of the epochs' Fisher matrices averaged
 with the same weights. The weight is the epoch's and never a step's: within one epoch of a decaying schedule, a
 step's would weigh examples by their place in the shuffled order. An epoch that did not see an example, or had no
@@ -16,8 +16,8 @@ finite gradient of it, adds nothing to its row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs import DenseCodec, EigenCodec, PairsCodec, select_coordinates
+from lightning_influence.codecs import EigenCodec, select_coordinates
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.errors import CaptureError
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -40,28 +40,13 @@ from lightning_influence.recorder import Recorder
 from lightning_influence.row_file import RecordedCounts, specs
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreWriter
+from lightning_influence.trajectory.examples import Examples
+from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 
 CHUNK_BYTES = 8 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 SAMPLES = 2048  # gradients, of all epochs together, of which Lambda is made
 SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
 QUERIES = 16
-
-
-@dataclass(frozen=True)
-class EpochRows:
-    """One epoch's rows on disk.
-
-    Args:
-        epoch: its number.
-        writer: of the unfinished file in which they are, open.
-        weights: mean learning rate of each layer's parameters in that epoch.
-        facts: what the merged file says of the epoch, plain values.
-    """
-
-    epoch: int
-    writer: StoreWriter
-    weights: Mapping[str, float]
-    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,19 +68,16 @@ class Merged:
 class Trajectory:
     """Epochs' rows, until they are merged.
 
-    Several processes add what they have recorded together; the first one merges.
+    Several processes add what they have recorded together; the first one merges. The merged rows have the layers
+    of the last epoch; to those that were not trained in an epoch, it adds nothing.
 
     Args:
-        plans: how layers are stored until then, "pairs" or "dense".
         processes: that record together.
     """
 
-    def __init__(self, plans: Mapping[str, LayerPlan], processes: Processes = ALONE) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
         self.epochs: list[EpochRows] = []
-        self._plans, self._processes = plans, processes
-        self._codecs: dict[str, PairsCodec | DenseCodec] = {
-            name: plan.codec_without_basis() for name, plan in plans.items()
-        }
+        self._processes = processes
         self._covariances: dict[str, list[Tensor]] = {}  # by layer: weighted sums of A and S, on the CPU
         self._covariance_weights: dict[str, float] = {}
 
@@ -124,7 +106,8 @@ class Trajectory:
             counts = {f"rows_{name}": count for name, count in asdict(recorder.counts()).items()}
             if not self._processes.is_first:
                 recorder.writer.leave()
-            self.epochs.append(EpochRows(epoch, recorder.writer, dict(weights), {**facts, **counts}))
+            rows = EpochRows(epoch, recorder.writer, dict(recorder.plans), dict(weights), {**facts, **counts})
+            self.epochs.append(rows)
 
     def merge(self, writer: StoreWriter, *, bytes_per_example: int) -> Merged:
         """Make and write one row an example; `write` of the writer's file ends it.
@@ -136,7 +119,7 @@ class Trajectory:
         Raises:
             CaptureError: if there are no epochs, or all weights of a layer are zero or not finite.
         """
-        examples = _Examples(self.epochs, writer.num_examples)
+        examples = Examples(self.epochs, writer.num_examples)
         weights = self._weights()
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
         bases = {name: self._basis(name) for name in self._plans}
@@ -190,6 +173,7 @@ class Trajectory:
                 {
                     "epoch": epoch.epoch,
                     "unfinished": epoch.writer.partial_path.name,
+                    "positions": {name: plan.positions for name, plan in epoch.plans.items()},
                     "weights": dict(epoch.weights),
                     "facts": dict(epoch.facts),
                 }
@@ -197,11 +181,20 @@ class Trajectory:
             ],
         }
 
-    def resume(self, state: Mapping[str, Any], path: Path, *, num_examples: int, store_id: str) -> list[int]:
+    def resume(
+        self,
+        state: Mapping[str, Any],
+        plans: Mapping[str, LayerPlan],
+        path: Path,
+        *,
+        num_examples: int,
+        store_id: str,
+    ) -> list[int]:
         """Go on with the rows that an earlier run has left, in all processes.
 
         Args:
             state: that run's.
+            plans: of all layers, the same in both runs.
             path: of the file that they will be merged into.
             num_examples: length of the dataset.
             store_id: of the run.
@@ -221,9 +214,12 @@ class Trajectory:
             if not writer.partial_path.exists():
                 lost.append(entry["epoch"])
                 continue
+            positions = entry["positions"].items()
+            own = {name: replace(plans[name], positions=number) for name, number in positions}
+            epoch = EpochRows(entry["epoch"], writer, own, entry["weights"], entry["facts"])
             if self._processes.is_first:
-                writer.join({name: specs(codec) for name, codec in self._codecs.items()})
-            self.epochs.append(EpochRows(entry["epoch"], writer, entry["weights"], entry["facts"]))
+                epoch.join()
+            self.epochs.append(epoch)
         return lost
 
     def suspend(self) -> None:
@@ -240,18 +236,23 @@ class Trajectory:
                 epoch.writer.partial_path.unlink(missing_ok=True)
         self.epochs = []
 
+    @property
+    def _plans(self) -> Mapping[str, LayerPlan]:
+        return self.epochs[-1].plans if self.epochs else {}
+
     def _weights(self) -> dict[str, list[float]]:
         """By layer, each epoch's share of the sum."""
         if not self.epochs:
             raise CaptureError("There are no captured epochs to merge.")
         shares = {}
         for name in self._plans:
-            weights = [epoch.weights[name] for epoch in self.epochs]
+            weights = [epoch.weights.get(name, 0.0) for epoch in self.epochs]
             total = sum(weights)
             if not 0 < total < math.inf:
                 raise CaptureError(
-                    f"The learning rates of layer {name!r} in epochs {[e.epoch for e in self.epochs]} are {weights}, "
-                    'so that they give epochs no weights; pass `trajectory="segments"`, which keeps epochs apart.'
+                    f"The learning rates of layer {name!r} in epochs {[e.epoch for e in self.epochs]} are "
+                    f"{weights}, which gives epochs no weights; "
+                    'pass `trajectory="segments"`, which keeps epochs apart.'
                 )
             shares[name] = [weight / total for weight in weights]
         return shares
@@ -264,7 +265,7 @@ class Trajectory:
         return eigenbasis(A, S, plan.structure)
 
     def _mean_squares(
-        self, name: str, basis: Eigenbasis, sample: np.ndarray, examples: _Examples, weights: list[float]
+        self, name: str, basis: Eigenbasis, sample: np.ndarray, examples: Examples, weights: list[float]
     ) -> Tensor:
         """Mean squared coordinates of the sampled examples' gradients, averaged over epochs."""
         total = torch.zeros(basis.shape)
@@ -272,17 +273,17 @@ class Trajectory:
             times = examples.times(number, sample)
             seen = np.repeat(sample, times)
             if share and len(seen):
-                total += second_moment_sum(self._read(name, number, seen), basis) * (share / len(seen))
+                total += second_moment_sum(self.epochs[number].read(name, seen), basis) * (share / len(seen))
         return total
 
-    def _summed(self, name: str, rows: np.ndarray, examples: _Examples, weights: list[float]) -> LayerGradient:
+    def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
         inputs, grads, dense = [], [], None
         for number, share in enumerate(weights):
             factor = torch.from_numpy(examples.times(number, rows) * share).float().view(-1, 1, 1)
             if not factor.any():
                 continue
-            gradient = self._read(name, number, rows)
+            gradient = self.epochs[number].read(name, rows)
             if isinstance(gradient, FactoredGradient):
                 inputs.append(gradient.inputs)
                 grads.append(gradient.output_grads.mul_(factor))
@@ -293,10 +294,6 @@ class Trajectory:
         if inputs:
             return FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
         return DenseGradient(torch.zeros(len(rows), *self._plans[name].shape) if dense is None else dense)
-
-    def _read(self, name: str, number: int, rows: np.ndarray) -> FactoredGradient | DenseGradient:
-        arrays = self.epochs[number].writer.read_rows(name, rows)
-        return self._codecs[name].decode_gradient({key: torch.from_numpy(array) for key, array in arrays.items()})
 
     def _chunk_examples(self) -> int:
         """How many examples' gradients are added up at a time."""
@@ -311,7 +308,7 @@ class Trajectory:
         self,
         layers: Mapping[str, ScoredLayer],
         sample: np.ndarray,
-        examples: _Examples,
+        examples: Examples,
         weights: Mapping[str, list[float]],
     ) -> float:
         """Of scores of stored and of exact rows; queries are gradients of the last epoch."""
@@ -321,7 +318,7 @@ class Trajectory:
         scores = torch.zeros(2, len(asked_rows), len(sample))
         for name, layer in layers.items():
             inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping())
-            queries = self._read(name, len(self.epochs) - 1, asked_rows)
+            queries = self.epochs[-1].read(name, asked_rows)
             asked = layer.basis.rotate(queries) * inverse
             rows = self._summed(name, sample, examples, weights[name])
             stored = layer.codec.scores(layer.codec.project(asked, layer.basis), layer.codec.encode(rows))
@@ -329,62 +326,3 @@ class Trajectory:
         others = ~torch.eye(len(asked_rows), len(sample), dtype=torch.bool)  # a query's own row is no news
         stored, exact = (each[others].view(len(asked_rows), -1) for each in scores)
         return mean_rank_correlation(stored, exact)
-
-
-def epoch_writer(path: Path, epoch: int, *, num_examples: int, store_id: str) -> StoreWriter:
-    """Of one epoch's rows, beside the file at `path` that they will be merged into."""
-    beside = path.with_name(f"{path.name}.epoch{epoch}")
-    return StoreWriter(beside, num_examples=num_examples, store_id=store_id, segment=epoch)
-
-
-class _Examples:
-    """What the epochs' columns say of the examples, together."""
-
-    def __init__(self, epochs: Iterable[EpochRows], num_examples: int) -> None:
-        self._columns = [{name: epoch.writer.read_column(name) for name in _COLUMNS} for epoch in epochs]
-        self._times = [
-            np.where(columns["valid"].astype(bool) & columns["written"].astype(bool), columns["occurrences"], 0)
-            for columns in self._columns
-        ]  # of each epoch: how often each example's gradient counts
-        self.valid = sum(self._times, start=np.zeros(num_examples, np.int64)) > 0
-        self._written = np.zeros(num_examples, bool)
-        for columns in self._columns:
-            self._written |= columns["written"].astype(bool)
-
-    def times(self, number: int, rows: np.ndarray) -> np.ndarray:
-        """How often an epoch's gradients of some examples count."""
-        return self._times[number][rows]
-
-    def sample(self, size: int) -> np.ndarray:
-        """Up to so many examples, at random but always the same."""
-        return np.random.default_rng(0).permutation(np.flatnonzero(self.valid))[:size]  # an own generator
-
-    def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """The examples that have a row, some at a time."""
-        valid = np.flatnonzero(self.valid)
-        for start in range(0, len(valid), size):
-            yield valid[start : start + size]
-
-    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Of merged rows: what the last epoch that saw an example says, and how often it was seen in all."""
-        merged = {name: self._columns[0][name][rows].copy() for name in ("loss", "label", "step", "learning_rate")}
-        for columns in self._columns[1:]:
-            seen = columns["written"][rows].astype(bool)
-            for name, values in merged.items():
-                values[seen] = columns[name][rows][seen]
-        times = sum((times[rows] for times in self._times), start=np.zeros(len(rows), np.int64))
-        return {**merged, "valid": np.ones(len(rows), np.uint8), "occurrences": times.astype(np.int32)}
-
-    def write_invalid(self, writer: StoreWriter) -> None:
-        """Mark examples of which no epoch had a finite gradient."""
-        rows = np.flatnonzero(self._written & ~self.valid)
-        columns = self.columns(rows) | {"valid": np.zeros(len(rows), np.uint8)}
-        writer.write_rows(rows, columns=columns, arrays={})
-
-    def counts(self) -> RecordedCounts:
-        """Examples that any epoch has seen, and of these, those without any finite gradient."""
-        written = int(self._written.sum())
-        return RecordedCounts(written, written - int(self.valid.sum()), len(self.valid) - written)
-
-
-_COLUMNS = ("written", "valid", "occurrences", "loss", "label", "step", "learning_rate")

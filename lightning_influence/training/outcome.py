@@ -1,0 +1,134 @@
+"""What becomes of captured epochs: a file each, a segment each, or rows that wait to be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_influence.functional.kronecker import Eigenbasis
+from lightning_influence.layer_plan import LayerPlan
+from lightning_influence.processes import Processes
+from lightning_influence.recorder import Recorder
+from lightning_influence.store import StoreWriter
+from lightning_influence.training.epoch import EpochCapture
+from lightning_influence.training.final_rows import FinalRows
+from lightning_influence.training.index_layout import DatasetRange
+from lightning_influence.training.merging import TrajectoryCapture
+from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.resume import is_file_of
+from lightning_influence.training.schedule import CaptureSchedule
+from lightning_influence.training.staleness import Agreement
+from lightning_influence.training.tracking import LayerTracking
+
+
+class Outcome:
+    """The file of one fit.
+
+    Args:
+        options: what the user asked for.
+        path: of the file.
+        store_id: its id.
+        schedule: which epochs are captured.
+        processes: that train together.
+        is_resumed: whether this run goes on with one that may have left a file.
+
+    Attributes:
+        finished_epoch: the last that is in the file; None while there is no file of this run.
+        agreement: how its rows agree with exact ones, in the first process.
+        trajectory: the epochs that wait to be merged.
+    """
+
+    def __init__(
+        self,
+        options: CaptureOptions,
+        path: Path,
+        store_id: str,
+        schedule: CaptureSchedule,
+        processes: Processes,
+        *,
+        is_resumed: bool,
+    ) -> None:
+        self.finished_epoch: int | None = None
+        self.agreement = Agreement()
+        self.trajectory = TrajectoryCapture(options, path, store_id, processes, schedule.count())
+        self._options, self._path, self._store_id = options, path, store_id
+        self._schedule, self._processes, self._is_resumed = schedule, processes, is_resumed
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no epoch was captured to its end."""
+        return self.finished_epoch is None and not self.trajectory.epochs
+
+    def recorder(
+        self,
+        plans: Mapping[str, LayerPlan],
+        epoch: int,
+        num_examples: int | None,
+        bases: Mapping[str, Eigenbasis],
+    ) -> Recorder:
+        """Of the epoch that begins.
+
+        Args:
+            plans: how layers are stored.
+            epoch: its number.
+            num_examples: length of the dataset.
+            bases: from the epoch before.
+        """
+        assert num_examples is not None
+        options = self._options
+        if options.merges:
+            return self.trajectory.recorder(plans, epoch, num_examples=num_examples)
+        has_file = self.finished_epoch is not None or (self._is_resumed and is_file_of(self._path, self._store_id))
+        writer = StoreWriter(
+            self._path,
+            num_examples=num_examples,
+            store_id=self._store_id,
+            segment=epoch,
+            after=self._path if has_file and options.keeps_segments else None,
+        )
+        return Recorder(
+            writer,
+            plans,
+            bases=bases,
+            bytes_per_example=options.bytes_per_example,
+            keep_covariances=self._schedule.keeps_covariances(epoch),
+            covariance_positions=options.covariance_positions,
+            processes=self._processes,
+        )
+
+    def end_epoch(
+        self, capture: EpochCapture, tracking: LayerTracking, datasets: Sequence[DatasetRange], *, is_whole: bool
+    ) -> None:
+        """After the last batch of a captured epoch.
+
+        Args:
+            capture: of the epoch.
+            tracking: of the layers.
+            datasets: of which the rows are.
+            is_whole: whether it has reached its last batch.
+        """
+        if self._options.merges:
+            self.trajectory.add(capture, tracking, datasets, is_whole=is_whole)
+            return
+        self.agreement = capture.finish(self._path, tracking, datasets, is_whole=is_whole)
+        self.finished_epoch = capture.epoch
+
+    def write_final_rows(
+        self, final: FinalRows, num_examples: int | None, bases: Mapping[str, Eigenbasis]
+    ) -> None:
+        """Sweep over the examples of the last epoch, after training; `bases` of it save a second sweep."""
+        assert num_examples is not None
+        self.agreement = final.write(self._path, self._store_id, num_examples, bases)
+        self.finished_epoch = final.epoch
+
+    def merge(self, trainer: Trainer, model: LightningModule | None) -> None:
+        """Merge the epochs that wait for it, if there are any.
+
+        Args:
+            trainer: of the fit.
+            model: at the weights that the file is for; None: those at the end of the last captured epoch.
+        """
+        if self.trajectory.epochs:
+            self.finished_epoch, self.agreement = self.trajectory.write(trainer, model)

@@ -1,0 +1,6 @@
+"""The gradients of several epochs, added up to one row an example."""
+
+from lightning_influence.trajectory.merge import Merged, Trajectory
+from lightning_influence.trajectory.rows import EpochRows, epoch_writer
+
+__all__ = ["EpochRows", "Merged", "Trajectory", "epoch_writer"]

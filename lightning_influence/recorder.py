@@ -50,7 +50,7 @@ class Recorder:
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
         covariance_stride: every how many-th block enters them, at random with a seed; the first one always does.
-        block_examples: how many are gathered before they are written.
+        block_examples: how many are gathered before they are written; None for a thousand.
         processes: that record together.
 
     Attributes:
@@ -67,13 +67,13 @@ class Recorder:
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
         covariance_stride: int = 1,
-        block_examples: int = BLOCK_EXAMPLES,
+        block_examples: int | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
         self._stride, self._random = covariance_stride, random.Random(writer.segment)
         self._blocks_to_skip = 0  # before the next whose covariances are summed
-        self._block_examples = block_examples
+        self._block_examples = block_examples or BLOCK_EXAMPLES
         self.writer = writer
         self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}

@@ -179,8 +179,14 @@ class TrajectoryCapture:
 
     def close(self, *, keeps_rows: bool) -> None:
         """Leave the epochs' rows to a resumed run, or delete them; may be called more than once."""
-        if self._trajectory is not None:
-            (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
+        if self._trajectory is None:
+            return
+        if keeps_rows and self.epochs:
+            rank_zero_warn(
+                f"InfluenceCallback: the rows of epochs {', '.join(map(str, self.epochs))} stay beside {self._path} for "
+                f"a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there will be none."
+            )
+        (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
 
     def _check_room(self, plans: Mapping[str, LayerPlan], num_examples: int) -> None:
         row = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values())

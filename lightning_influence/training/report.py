@@ -181,10 +181,16 @@ def warn_of_no_file(path: Path, wanted: int | None) -> None:
 
 
 def warn_of_partial_epoch(
-    path: Path, epoch: int | None, finished_epoch: int | None, kept: Path | None = None
+    path: Path,
+    epoch: int | None,
+    finished_epoch: int | None,
+    kept: Path | None = None,
+    waiting: Sequence[int] = (),
 ) -> None:
     """An epoch's last batch was never reached; its rows may be kept for a run that is resumed."""
     left = "No file was written." if finished_epoch is None else f"{path} holds epoch {finished_epoch}."
+    if waiting:
+        left = f"Epochs {', '.join(map(str, waiting))}, which are whole, will be merged."
     rows = "dropped"
     if kept is not None:
         rows = f"left in {kept.name} (delete it and *.resume* if training will not be resumed from a checkpoint)"

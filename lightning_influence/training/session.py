@@ -238,7 +238,8 @@ class CaptureSession:
             if self._outcome.is_empty and kept is None and capture.has_examples():
                 self._end_batches()
             else:
-                report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept)
+                waiting = self._outcome.trajectory.epochs
+                report.warn_of_partial_epoch(self.path, self._epoch, self.finished_epoch, kept, waiting)
                 self._drop_capture()
         self._batches.disarm()
         self._epoch, self._records_rows, self._is_for_bases, self._watches_rows = None, False, False, False

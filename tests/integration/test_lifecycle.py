@@ -1029,7 +1029,7 @@ def test_the_command_line_trains_and_writes_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("epochs", ["every", "2", "[0, 1]"])
 def test_the_command_line_takes_epochs(tmp_path: Path, epochs: str) -> None:
     path = tmp_path / "influence.h5"
-    run_cli(tmp_path, path=path, epochs=epochs, on_error="raise")
+    run_cli(tmp_path, path=path, epochs=epochs, trajectory="segments", on_error="raise")
     assert StoreReader(path).segments == ((1,) if epochs == "2" else (0, 1))
 
 
@@ -1042,6 +1042,7 @@ def test_the_command_line_takes_epochs(tmp_path: Path, epochs: str) -> None:
         ("layers", "a.b"),
         ("epochs", "evry"),
         ("rows", "finl"),
+        ("trajectory", "merged"),
     ],
 )
 def test_the_command_line_rejects_what_the_callback_does_not_take(

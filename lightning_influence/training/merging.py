@@ -26,7 +26,7 @@ from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.tracking import LayerTracking
 from lightning_influence.trajectory import Trajectory, epoch_writer
 
-COVARIANCE_EXAMPLES = 4096  # of all epochs together, that are enough for the covariances
+COVARIANCE_EXAMPLES = 4096  # or positions, of all epochs together, that are enough for the covariances
 COVARIANCE_STRIDE = 8  # at most every how many-th step enters them
 EPOCH_FACTS = ("step_start", "step_end", "is_whole", "is_resumed", "batches_captured")
 NOTE = "rows are sums over epochs"
@@ -71,7 +71,8 @@ class TrajectoryCapture:
         if self._trajectory is None:
             self._trajectory = Trajectory(self._processes)
             self._check_room(plans, num_examples)
-        stride = num_examples * self._num_epochs // COVARIANCE_EXAMPLES
+        positions = min(max(1, plan.positions) for plan in plans.values())
+        stride = num_examples * self._num_epochs * positions // COVARIANCE_EXAMPLES
         return Recorder(
             epoch_writer(self._path, epoch, num_examples=num_examples, store_id=self._store_id),
             plans,
@@ -183,8 +184,8 @@ class TrajectoryCapture:
             return
         if keeps_rows and self.epochs:
             rank_zero_warn(
-                f"InfluenceCallback: the rows of epochs {', '.join(map(str, self.epochs))} stay beside {self._path} for "
-                f"a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there will be none."
+                f"InfluenceCallback: the rows of epochs {', '.join(map(str, self.epochs))} stay beside {self._path} "
+                f"for a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there will be none."
             )
         (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
 

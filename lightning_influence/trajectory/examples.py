@@ -31,6 +31,10 @@ class Examples:
         """How often an epoch's gradients of some examples count."""
         return self._times[number][rows]
 
+    def times_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The same of all epochs, in order."""
+        return [times[rows] for times in self._times]
+
     def sample(self, size: int) -> np.ndarray:
         """Up to so many examples, at random but always the same."""
         return np.random.default_rng(0).permutation(np.flatnonzero(self.valid))[:size]  # an own generator

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs import EigenCodec, select_coordinates
+from lightning_influence.codecs import DenseCodec, EigenCodec, select_coordinates
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.errors import CaptureError
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -44,7 +44,7 @@ from lightning_influence.trajectory.examples import Examples
 from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 
 CHUNK_BYTES = 8 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
-SAMPLES = 2048  # gradients, of all epochs together, of which Lambda is made
+SAMPLES = 1024  # gradients, of all epochs together, of which Lambda is made
 SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
 QUERIES = 16
 
@@ -278,22 +278,24 @@ class Trajectory:
 
     def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
-        inputs, grads, dense = [], [], None
-        for number, share in enumerate(weights):
-            factor = torch.from_numpy(examples.times(number, rows) * share).float().view(-1, 1, 1)
-            if not factor.any():
+        inputs, grads = [], []
+        plan = self._plans[name]
+        dense = torch.zeros(len(rows), *plan.shape) if plan.codec == "dense" else None
+        for epoch, times, share in zip(self.epochs, examples.times_of(rows), weights, strict=True):
+            factors = torch.from_numpy(times * share).float()
+            if not factors.any():
                 continue
-            gradient = self.epochs[number].read(name, rows)
-            if isinstance(gradient, FactoredGradient):
-                inputs.append(gradient.inputs)
-                grads.append(gradient.output_grads.mul_(factor))
-            elif dense is None:
-                dense = gradient.dense().mul_(factor)
+            codec, arrays = epoch.plans[name].codec_without_basis(), epoch.arrays(name, rows)
+            if isinstance(codec, DenseCodec):
+                assert dense is not None
+                codec.add_to(dense, arrays, factors)
             else:
-                dense.addcmul_(gradient.dense(), factor)
-        if inputs:
+                pairs = codec.decode_gradient(arrays)
+                inputs.append(pairs.inputs)
+                grads.append(pairs.output_grads.mul_(factors.view(-1, 1, 1)))
+        if dense is None and inputs:
             return FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
-        return DenseGradient(torch.zeros(len(rows), *self._plans[name].shape) if dense is None else dense)
+        return DenseGradient(torch.zeros(len(rows), *plan.shape) if dense is None else dense)
 
     def _chunk_examples(self) -> int:
         """How many examples' gradients are added up at a time."""

@@ -36,8 +36,13 @@ class EpochRows:
 
     def read(self, name: str, rows: np.ndarray) -> FactoredGradient | DenseGradient:
         """A layer's gradients of some examples; zeros where it has none."""
-        arrays = {key: torch.from_numpy(array) for key, array in self.writer.read_rows(name, rows).items()}
-        return self.plans[name].codec_without_basis().decode_gradient(arrays)
+        return self.plans[name].codec_without_basis().decode_gradient(self.arrays(name, rows))
+
+    def arrays(self, name: str, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """What is stored of some examples; of neighbours it is read at once."""
+        is_range = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
+        wanted = slice(rows[0], rows[-1] + 1) if is_range else rows
+        return {key: torch.from_numpy(array) for key, array in self.writer.read_rows(name, wanted).items()}
 
     def join(self) -> None:
         """Open the file again that an earlier run has left."""

@@ -278,24 +278,26 @@ class Trajectory:
 
     def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
-        inputs, grads = [], []
-        plan = self._plans[name]
-        dense = torch.zeros(len(rows), *plan.shape) if plan.codec == "dense" else None
+        inputs, grads, dense = [], [], torch.zeros(len(rows), *self._plans[name].shape)
+        is_dense = any(name in epoch.plans and epoch.plans[name].codec == "dense" for epoch in self.epochs)
         for epoch, times, share in zip(self.epochs, examples.times_of(rows), weights, strict=True):
             factors = torch.from_numpy(times * share).float()
             if not factors.any():
                 continue
             codec, arrays = epoch.plans[name].codec_without_basis(), epoch.arrays(name, rows)
             if isinstance(codec, DenseCodec):
-                assert dense is not None
                 codec.add_to(dense, arrays, factors)
+                continue
+            pairs = codec.decode_gradient(arrays)
+            pairs.output_grads.mul_(factors.view(-1, 1, 1))
+            if is_dense:  # as where an earlier epoch had longer examples
+                dense += pairs.dense()
             else:
-                pairs = codec.decode_gradient(arrays)
                 inputs.append(pairs.inputs)
-                grads.append(pairs.output_grads.mul_(factors.view(-1, 1, 1)))
-        if dense is None and inputs:
-            return FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
-        return DenseGradient(torch.zeros(len(rows), *plan.shape) if dense is None else dense)
+                grads.append(pairs.output_grads)
+        return (
+            FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1)) if inputs else DenseGradient(dense)
+        )
 
     def _chunk_examples(self) -> int:
         """How many examples' gradients are added up at a time."""

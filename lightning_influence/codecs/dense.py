@@ -57,7 +57,7 @@ class DenseCodec(Codec):
         return DenseGradient(quantize.restore_rows("values", arrays, self.dtype).unflatten(1, self.shape))
 
     def add_to(self, total: Tensor, arrays: Mapping[str, Tensor], factors: Tensor) -> None:
-        """Add the gradients times factors [n] to a total [n, o, i], in one pass where the dtype has a scale a row."""
+        """Add the gradients times factors [n] to a total [n, o, i], in one pass for float16."""
         if self.dtype != "float16":
             total.addcmul_(self.decode(arrays), factors.view(-1, 1, 1))
             return

@@ -184,8 +184,8 @@ class TrajectoryCapture:
             return
         if keeps_rows and self.epochs:
             rank_zero_warn(
-                f"InfluenceCallback: the rows of epochs {', '.join(map(str, self.epochs))} stay beside {self._path} "
-                f"for a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there will be none."
+                f"InfluenceCallback: the rows of epochs {', '.join(map(str, self.epochs))} stay beside "
+                f"{self._path} for a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there will be none."
             )
         (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
 

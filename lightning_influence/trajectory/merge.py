@@ -278,8 +278,9 @@ class Trajectory:
 
     def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
-        inputs, grads, dense = [], [], torch.zeros(len(rows), *self._plans[name].shape)
+        inputs, grads = [], []
         is_dense = any(name in epoch.plans and epoch.plans[name].codec == "dense" for epoch in self.epochs)
+        dense = torch.zeros(len(rows) if is_dense else 0, *self._plans[name].shape)
         for epoch, times, share in zip(self.epochs, examples.times_of(rows), weights, strict=True):
             factors = torch.from_numpy(times * share).float()
             if not factors.any():
@@ -295,9 +296,11 @@ class Trajectory:
             else:
                 inputs.append(pairs.inputs)
                 grads.append(pairs.output_grads)
-        return (
-            FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1)) if inputs else DenseGradient(dense)
-        )
+        if is_dense:
+            return DenseGradient(dense)
+        if not inputs:
+            return DenseGradient(torch.zeros(len(rows), *self._plans[name].shape))
+        return FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
 
     def _chunk_examples(self) -> int:
         """How many examples' gradients are added up at a time."""

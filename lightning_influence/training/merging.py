@@ -185,7 +185,8 @@ class TrajectoryCapture:
         if keeps_rows and self.epochs:
             rank_zero_warn(
                 f"InfluenceCallback: the rows of epochs {', '.join(map(str, self.epochs))} stay beside "
-                f"{self._path} for a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there will be none."
+                f"{self._path} for a run that is resumed; delete {self._path.name}.epoch* and *.resume* if there "
+                "will be none."
             )
         (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
 

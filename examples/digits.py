@@ -294,7 +294,7 @@ HALVES, HALF_ORDERS = 64, 4
 trajectory_path = f"{workdir.name}/trajectory.h5"
 fit(InfluenceCallback(trajectory_path, epochs="every"))
 trajectory = InfluenceModule.attach(influence.model, trajectory_path)  # checks that the weights are the same
-files = {"final epoch": influence, "all epochs": trajectory}
+files = {"the final epoch": influence, "all epochs": trajectory}
 everything = (images, labels)
 
 halves = torch.zeros(HALVES, len(train))
@@ -311,10 +311,10 @@ def datamodeling_score(file: InfluenceModule, factor: float) -> float:
 
 print("\nBytes an image: " + ", ".join(f"{n} {f.store.attributes['bytes_per_row']:,}" for n, f in files.items()))
 print(f"Linear datamodeling score, {HALVES} halves, {HALF_ORDERS} orders each, {len(labels)} test images:")
-print("damping, times the mean   " + "   ".join(f"{name:>12}" for name in files))
+print("damping, times the mean   " + "   ".join(f"{name:>15}" for name in files))
 for factor in (10.0, 1.0, 0.1, 0.01):
     found = [datamodeling_score(file, factor) for file in files.values()]
-    print(f"{factor:>23g}   " + "   ".join(f"{value:12.3f}" for value in found))
+    print(f"{factor:>23g}   " + "   ".join(f"{value:15.3f}" for value in found))
 
 print(
     f"\nThe {len(groups)} removals of above, predicted by each file: rank correlation, and actual/predicted size"
@@ -332,7 +332,7 @@ figure = plt.figure(figsize=(15, 9.5), layout="constrained")
 sides = figure.subfigures(1, 2, wspace=0.04)
 for side, (name, file) in zip(sides, files.items(), strict=True):
     found = file.top_k(queries, k=SHOWN, damping=DAMPING)
-    side.suptitle(f"Proponents by the gradients of the {name}", fontsize=14)
+    side.suptitle(f"Proponents by the gradients of {name}", fontsize=14)
     for q, axes in enumerate(side.subplots(QUERIES, 1 + SHOWN)):
         draw(axes[0], queries[0][q], f"is {queries[1][q]}, read as {answers[q]}", "black")
         for axis, index, score in zip(axes[1:], found.indices[q], found.scores[q], strict=True):

@@ -56,7 +56,10 @@ class Prediction:
             "_bytes": self.bytes_per_example,
             **self.sums,
         }
-        np.savez(folder / f"{name}.npz", **arrays)
+        part = folder / f"{name}.part"
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        part.replace(folder / f"{name}.npz")  # whole at any time, for those who read meanwhile
 
     @classmethod
     def load(cls, path: Path) -> Prediction:

@@ -56,7 +56,10 @@ class Prediction:
             "_bytes": self.bytes_per_example,
             **self.sums,
         }
-        np.savez(folder / f"{name}.npz", **arrays)
+        part = folder / f"{name}.part"
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        part.replace(folder / f"{name}.npz")  # whole at any time, for those who read meanwhile
 
     @classmethod
     def load(cls, path: Path) -> Prediction:
@@ -221,11 +224,11 @@ def print_table(task: Task, facts: Mapping[str, Any], results: list[Result]) -> 
         f"halves x {facts['seeds']} seeds, agrees with itself at {facts['agreement']:.3f}; a perfect prediction "
         f"would score about {facts['ceiling']:.3f}"
     )
-    print(f"{'':40}{'bytes':>9}  {'best LDS':15}{'runs':15}{'over final':16}damping: LDS")
+    print(f"{'':40}{'bytes':>9}  {'best LDS':15}{'runs':18}{'over final':16}damping: LDS")
     for chosen in sorted(best(results), key=lambda r: (r.family, r.bytes_per_example or 0)):
         size = "" if chosen.bytes_per_example is None else f"{chosen.bytes_per_example:,.0f}"
         gain = "" if chosen.gain is None else f"{chosen.gain:+.3f} ± {chosen.gain_error:.3f}"
-        runs = f"{min(chosen.lds_by_seed):.3f} .. {max(chosen.lds_by_seed):.3f}"
+        runs = f"{len(chosen.lds_by_seed)}: {min(chosen.lds_by_seed):.3f} .. {max(chosen.lds_by_seed):.3f}"
         same = [r for r in results if (r.family, r.variant) == (chosen.family, chosen.variant)]
         dampings = ", ".join(f"{r.damping}: {r.lds:.3f}" for r in sorted(same, key=lambda r: _number(r.damping)))
         name = ", ".join(part for part in (chosen.family, chosen.variant) if part)

@@ -63,8 +63,8 @@ What a captured run adds
     ``trajectory`` = "merge" and ``epochs_merged``; ``epoch`` is the last of them, ``step_start`` and
     ``weights_hash_start`` are the first's, ``weights_hash_end`` is of the weights when training ended, and
     ``occurrences`` count over all of them. The document ``trajectory`` then has the ``weighting`` and, of each
-    of the ``epochs``, its number ``epoch``, the ``weights`` by layer, and the epoch's own facts. A row is the sum of
-    weight times occurrences times gradient over the epochs, divided by the sum of the weights
+    of the ``epochs``, its number ``epoch``, the ``weights`` by layer, and the epoch's own facts. A row is the
+    sum of weight times occurrences times gradient over the epochs, divided by the sum of the weights
     (``trajectory.merge``). Documents: ``layers``
     (in the model's order: name, ``has_bias``, ``batch_dim``, ``structure``, codec, its config),
     ``coverage``, ``loss``, ``versions``.

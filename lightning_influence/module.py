@@ -20,6 +20,7 @@ from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMis
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage, TrackedLayer, find_layers
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery, described_layers
+from lightning_influence.segments import Segments
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement, example_gradients
@@ -110,6 +111,7 @@ class InfluenceModule(LightningModule):
         damping: Damping | float = ...,
         curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
+        segments: Segments = ...,
         per_layer: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -121,6 +123,7 @@ class InfluenceModule(LightningModule):
         damping: Damping | float = ...,
         curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
+        segments: Segments = ...,
         per_layer: Literal[True],
     ) -> dict[str, Tensor]: ...
 
@@ -131,6 +134,7 @@ class InfluenceModule(LightningModule):
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
+        segments: Segments = None,
         per_layer: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Scores of every training example for every query in the batch.
@@ -143,18 +147,39 @@ class InfluenceModule(LightningModule):
             curvature: "ekfac", "kfac" or "identity" (plain dot products of gradients).
             measurement: `measurement(model, batch) -> [q]`, to ask about anything else than the
                 log-likelihood, such as a margin; row j must depend on query j only.
+            segments: of a file that holds several epochs, which to ask. None or "last": that of the
+                model's weights. "learning_rate" or "mean": the mean over it and all before it, weighted by
+                their mean learning rates, or equally: TracIn's sum over checkpoints, but for the query's
+                gradient, which stays that of the model's weights. A mapping {segment number: weight}: the
+                sum of weight times scores, as given. An epoch that did not train on an example adds nothing
+                to its score; one that was resumed or cut short, and lacks its row, makes it NaN.
             per_layer: return what each layer adds to the scores, by its name.
 
         Returns:
             Shape [q, N], on the CPU; NaN for training examples without a valid row.
 
         Raises:
-            QueryError: if the queries' gradients cannot be had.
+            QueryError: if the queries' gradients cannot be had, or the file lacks what `segments` asks for.
         """
         gradients = self._gradients(self._transferred(batch), measurement)
-        if per_layer:
-            return self._engine().scores_by_layer(gradients, damping=damping, curvature=curvature)
-        return self._engine().scores(gradients, damping=damping, curvature=curvature)
+        ask = self._engine().scores_by_layer if per_layer else self._engine().scores
+        return ask(gradients, damping=damping, curvature=curvature, segments=segments)
+
+    def scores_by_segment(
+        self,
+        batch: Any,
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        measurement: Measurement | None = None,
+    ) -> dict[int, Tensor]:
+        """Influence over time: scores of the model's segment and of each before it, by segment number.
+
+        Arguments as in `scores`; the query's gradients are those of the model's weights in each. NaN for
+        training examples without a valid row in that segment.
+        """
+        gradients = self._gradients(self._transferred(batch), measurement)
+        return self._engine().scores_by_segment(gradients, damping=damping, curvature=curvature)
 
     def top_k(
         self,
@@ -165,20 +190,27 @@ class InfluenceModule(LightningModule):
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
+        segments: Segments = None,
     ) -> Attribution:
         """The k training examples with the largest scores (`largest=False`: the smallest)."""
-        self._engine().check_k(k)
+        self._engine().check_k(k, segments)
         gradients = self._gradients(self._transferred(batch), measurement)
-        return self._engine().top_k(gradients, k, largest=largest, damping=damping, curvature=curvature)
+        options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
+        return self._engine().top_k(gradients, k, largest=largest, **options)
 
     def self_influence(
-        self, *, damping: Damping | float = DEFAULT_DAMPING, curvature: str | Curvature = "ekfac"
+        self,
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        segments: Segments = None,
     ) -> Tensor:
         """How much each training example bends the model for itself, shape [N].
 
-        Mislabelled and atypical examples come out on top.
+        Mislabelled and atypical examples come out on top. With `segments`, as in `scores`, it is summed over
+        epochs, each with the gradients of its own rows.
         """
-        return self._engine().self_influence(damping=damping, curvature=curvature)
+        return self._engine().self_influence(damping=damping, curvature=curvature, segments=segments)
 
     def removal_effect(
         self,
@@ -188,6 +220,7 @@ class InfluenceModule(LightningModule):
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
+        segments: Segments = None,
     ) -> Tensor:
         """Predicted change of each query's measurement if these training examples were removed.
 
@@ -200,15 +233,18 @@ class InfluenceModule(LightningModule):
             damping: as in `scores`.
             curvature: as in `scores`.
             measurement: as in `scores`.
+            segments: as in `scores`; of several, the weighted mean of their predictions.
 
         Returns:
             Shape [q].
 
         Raises:
-            QueryError: if an index has no valid row or occurs twice.
+            QueryError: if an index has no valid row or occurs twice; if the weights of `segments` do not
+                sum to 1, since there is then no scale.
         """
-        scores = self.scores(batch, damping=damping, curvature=curvature, measurement=measurement)
-        return self._engine().removal_effect(scores, indices)
+        gradients = self._gradients(self._transferred(batch), measurement)
+        options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
+        return self._engine().removal_effect(gradients, indices, **options)
 
     @property
     def coverage(self) -> Coverage:
@@ -253,7 +289,7 @@ class InfluenceModule(LightningModule):
         """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
         options = dict(self.query_options)
         k, largest = options.pop("k", 10), options.pop("largest", True)
-        self._engine().check_k(k)
+        self._engine().check_k(k, options.get("segments"))
         gradients = self._gradients(batch, options.pop("measurement", None))
         return self._engine().top_k(gradients, k, largest=largest, **options)
 

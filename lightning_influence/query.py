@@ -1,8 +1,8 @@
 """The core of queries without any framework: scores from a file's arrays, chunk by chunk.
 
-All scores are sums over the layers of inner products of preconditioned query gradients with stored
-rows (see `scoring`). Damping and curvature are arguments of the call and leave nothing behind: the
-same call twice gives the same bits.
+All scores are sums over the layers of inner products of preconditioned query gradients with stored rows
+(see `scoring`), and over the segments of the file that are asked for (see `segments`). Damping and
+curvature are arguments of the call and leave nothing behind: the same call twice gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning_influence.functional.ranking import top_k
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.scoring import ScoredLayer
+from lightning_influence.segments import Segments, answerable, check_is_mean, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader
 
 CHUNK_EXAMPLES = 4096
@@ -75,6 +76,7 @@ class InfluenceQuery:
         *,
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
+        segments: Segments = None,
     ) -> Tensor:
         """Scores of every training example for every query.
 
@@ -82,11 +84,14 @@ class InfluenceQuery:
             queries: by layer, the gradients of *minus* the measurement, q of them.
             damping: a rule, or a number added to every eigenvalue.
             curvature: "ekfac", "kfac", "identity", or one's own.
+            segments: which segments of the file to sum over, and their weights; None for the store's own.
 
         Returns:
-            Shape [q, N], NaN for examples without a valid row.
+            Shape [q, N], NaN for examples without a valid row; `segments` says what one of several adds that
+            has none.
         """
-        return self._summed(queries, damping, curvature, lambda name: "all layers")["all layers"]
+        kind, rule = get_curvature(curvature), as_damping(damping)
+        return self._summed(segments, lambda each: each._own_scores(queries, kind, rule, lambda name: ""))[""]
 
     def scores_by_layer(
         self,
@@ -94,28 +99,22 @@ class InfluenceQuery:
         *,
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
+        segments: Segments = None,
     ) -> dict[str, Tensor]:
         """What each layer adds to the scores: by its name, shape [q, N]; arguments as in `scores`."""
-        return self._summed(queries, damping, curvature, lambda name: name)
+        kind, rule = get_curvature(curvature), as_damping(damping)
+        return self._summed(segments, lambda each: each._own_scores(queries, kind, rule, lambda name: name))
 
-    def _summed(
+    def scores_by_segment(
         self,
         queries: Mapping[str, LayerGradient],
-        damping: Damping | float,
-        curvature: str | Curvature,
-        group_of: Callable[[str], str],
-    ) -> dict[str, Tensor]:
-        """Scores added up over groups of layers."""
-        kind, rule = get_curvature(curvature), as_damping(damping)
-        projected = {
-            name: layer.precondition(queries[name].to(self.device), kind, rule)
-            for name, layer in self.layers.items()
-        }
-        q = len(next(iter(projected.values())))
-        scores = {group_of(name): torch.zeros(q, self.num_examples) for name in self.layers}
-        for rows, name, arrays in self._chunks():
-            scores[group_of(name)][:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
-        return {group: added.masked_fill(~self.valid, torch.nan) for group, added in scores.items()}
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+    ) -> dict[int, Tensor]:
+        """Scores of this segment and of each before it: by its number, shape [q, N]; arguments as in `scores`."""
+        engines = map(self._of, segments_up_to(self.store))
+        return {each.store.number: each.scores(queries, damping=damping, curvature=curvature) for each in engines}
 
     def top_k(
         self,
@@ -125,64 +124,131 @@ class InfluenceQuery:
         largest: bool = True,
         damping: Damping | float = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
+        segments: Segments = None,
     ) -> Attribution:
         """The k training examples with the largest (or smallest) scores of each query."""
-        self.check_k(k)
-        scores = self.scores(queries, damping=damping, curvature=curvature)
+        self.check_k(k, segments)
+        scores = self.scores(queries, damping=damping, curvature=curvature, segments=segments)
         values, indices = top_k(scores, k, largest=largest)
         return Attribution(indices, values)
 
-    def check_k(self, k: int) -> None:
+    def check_k(self, k: int, segments: Segments = None) -> None:
         """Refuse a k that the file cannot give.
 
         Raises:
             ValueError: unless 1 <= k <= number of valid rows.
         """
-        rows = int(self.valid.sum())
+        rows = int(self._answerable(segments).sum())
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= rows:
             raise ValueError(f"`k` must be an integer from 1 to {rows}, the number of valid rows, got {k!r}.")
 
     def self_influence(
-        self, *, damping: Damping | float = DEFAULT_DAMPING, curvature: str | Curvature = "ekfac"
+        self,
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        segments: Segments = None,
     ) -> Tensor:
         """Grad L_n^T (G + damping)^-1 grad L_n of every training example.
 
-        Large where the model has to bend for one example: mislabelled and atypical ones.
+        Large where the model has to bend for one example: mislabelled and atypical ones. Summed over
+        `segments` with their weights; both gradients are then those of the segment's row.
 
         Returns:
             Shape [N], NaN for examples without a valid row.
         """
         kind, rule = get_curvature(curvature), as_damping(damping)
-        result = torch.zeros(self.num_examples)
-        for rows, name, arrays in self._chunks():
-            result[rows] += self.layers[name].self_influence(arrays, kind, rule).cpu()
-        return result.masked_fill(~self.valid, torch.nan)
+        return self._summed(segments, lambda each: {"": each._own_self_influence(kind, rule)})[""]
 
-    def removal_effect(self, scores: Tensor, indices: Tensor | np.ndarray | list[int]) -> Tensor:
+    def removal_effect(
+        self,
+        queries: Mapping[str, LayerGradient],
+        indices: Tensor | np.ndarray | list[int],
+        *,
+        damping: Damping | float = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        segments: Segments = None,
+    ) -> Tensor:
         """Predicted change of the measurement if these training examples were removed.
 
         The first-order estimate -sum_m c[m] score[q, m] / sum_n c[n] with c how often the captured
         epoch trained on each example (Koh & Liang 2017, arXiv:1703.04730, where c is 1), in the
-        measurement's units. So an example that was seen twice is removed twice.
+        measurement's units. So an example that was seen twice is removed twice. Of several segments
+        it is the weighted mean of their estimates, each with its own c.
 
         Args:
-            scores: of `scores`, shape [q, N].
+            queries: as in `scores`.
             indices: dataset indices, each once.
+            damping: as in `scores`.
+            curvature: as in `scores`.
+            segments: as in `scores`; the weights must sum to 1.
 
         Returns:
             Shape [q].
 
         Raises:
-            QueryError: if an index occurs twice, is out of range or has no valid row.
+            QueryError: if an index occurs twice, is out of range or has no valid row; if the weights
+                do not sum to 1.
         """
         chosen = torch.as_tensor(indices).flatten()
         if len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool):
             raise QueryError(f"`indices` must be integers, dataset indices, got {chosen.dtype}.")
         chosen = chosen.long()
-        self._check_removed(chosen)
-        return -(scores[:, chosen] * self._occurrences[chosen]).sum(1) / self._occurrences.sum()
+        check_is_mean(weighted_segments(self.store, segments))
+        self._check_removed(chosen, segments)
+        kind, rule = get_curvature(curvature), as_damping(damping)
 
-    def _check_removed(self, chosen: Tensor) -> None:
+        def shares(each: InfluenceQuery) -> dict[str, Tensor]:
+            scores = each._own_scores(queries, kind, rule, lambda name: "")[""]
+            return {"": scores * each._occurrences / each._occurrences.sum()}
+
+        return -self._summed(segments, shares)[""][:, chosen].sum(1)
+
+    def _summed(
+        self, segments: Segments, answer: Callable[[InfluenceQuery], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Weighted sums over segments, of which one's factors at a time are in memory."""
+        added: dict[str, Tensor] = {}
+        for store, weight in weighted_segments(self.store, segments):
+            each = self._of(store)
+            for name, found in answer(each).items():
+                term = weight * found.masked_fill(~each.valid, 0.0)
+                added[name] = added[name] + term if name in added else term
+        unknown = ~self._answerable(segments)
+        return {name: values.masked_fill(unknown, torch.nan) for name, values in added.items()}
+
+    def _of(self, store: StoreReader) -> InfluenceQuery:
+        return self if store.number == self.store.number else InfluenceQuery(store, self.device)
+
+    def _answerable(self, segments: Segments) -> Tensor:
+        """Which examples have a score, bool [N]."""
+        return torch.from_numpy(answerable(each.store for each in weighted_segments(self.store, segments)))
+
+    def _own_scores(
+        self,
+        queries: Mapping[str, LayerGradient],
+        curvature: Curvature,
+        damping: Damping,
+        group_of: Callable[[str], str],
+    ) -> dict[str, Tensor]:
+        """This segment's scores, added up over groups of layers; without a valid row they mean nothing."""
+        projected = {
+            name: layer.precondition(queries[name].to(self.device), curvature, damping)
+            for name, layer in self.layers.items()
+        }
+        q = len(next(iter(projected.values())))
+        scores = {group_of(name): torch.zeros(q, self.num_examples) for name in self.layers}
+        for rows, name, arrays in self._chunks():
+            scores[group_of(name)][:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
+        return scores
+
+    def _own_self_influence(self, curvature: Curvature, damping: Damping) -> Tensor:
+        result = torch.zeros(self.num_examples)
+        for rows, name, arrays in self._chunks():
+            result[rows] += self.layers[name].self_influence(arrays, curvature, damping).cpu()
+        return result
+
+    def _check_removed(self, chosen: Tensor, segments: Segments) -> None:
         if len(chosen.unique()) < len(chosen):
             raise QueryError("`indices` names an example twice; an example can be removed once.")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_examples:
@@ -190,7 +256,7 @@ class InfluenceQuery:
                 f"`indices` must lie in 0..{self.num_examples - 1}, the dataset of {self.store.path}, "
                 f"got {int(chosen.min())}..{int(chosen.max())}."
             )
-        without = chosen[~self.valid[chosen]]
+        without = chosen[~self._answerable(segments)[chosen]]
         if len(without):
             raise QueryError(
                 f"{len(without)} of `indices` have no valid row in {self.store.path} (the first is "

@@ -133,7 +133,7 @@ def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: in
     """Bytes that one example's row arrays will take; exact for pairs, the most it can be for eigen."""
     pairs = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values() if plan.codec != "eigen")
     coordinates = sum(o * i for o, i in (plan.shape for plan in plans.values() if plan.codec == "eigen"))
-    return pairs + min(bytes_per_example, round(coordinates * BYTES_PER_COORDINATE))
+    return pairs + min(bytes_per_example, round(coordinates * BYTES_PER_COORDINATE[8]))
 
 
 def expected_file_bytes(plans: Mapping[str, LayerPlan], bytes_per_row: int, num_examples: int) -> int:

@@ -51,7 +51,8 @@ class Decaying(Classifier):
 
 def train(folder: Path, model: Classifier, data: DataLoader) -> Path:
     path = folder / "influence.h5"
-    callback = InfluenceCallback(path, epochs="every", codec="pairs-float32", on_error="raise")
+    options = {"epochs": "every", "trajectory": "segments", "codec": "pairs-float32"}
+    callback = InfluenceCallback(path, **options, on_error="raise")
     fit(folder, model, data, callback, max_epochs=3)
     return path
 

@@ -1,11 +1,13 @@
 """Eigen: the leading whitened coordinates of the gradient in the layer's Kronecker eigenbasis.
 
 z = (Lambda_0 + delta_0)^-1/2 * (Q_S^T G Q_A), of which the coordinates with the largest
-Lambda_0 / (Lambda_0 + delta_0) are kept, over all layers together, and rounded to 8 bits in groups
-of 64. Whitening evens out the entries of a group; the query carries its inverse, so that damping and
-curvature stay free. For layers used on sequences, whose pairs would take s (i + o) numbers.
+Lambda_0 / (Lambda_0 + delta_0) are kept, over all layers together, and rounded: to 8 bits in groups
+of 64, or to 2 or 4 bits in rotated groups of 256 (`functional.rotated`). Whitening evens out the entries of a
+group; the query carries its inverse, so that damping and curvature stay free. For layers used on sequences,
+whose pairs would take s (i + o) numbers, and for sums over epochs.
 
-Error: a kept entry of z is off by at most max|group of 64| / 254; what is not kept is lost.
+Error: with 8 bits a kept entry of z is off by at most max|group of 64| / 254; with 4 or 2 bits the squared
+error of a group is about 1 % or 12 % of its square. What is not kept is lost.
 """
 
 from __future__ import annotations
@@ -20,16 +22,24 @@ from torch import Tensor
 from lightning_influence.codecs.base import Codec, register_codec
 from lightning_influence.functional.coordinates import CoordinateSelection
 from lightning_influence.functional.kronecker import Eigenbasis
-from lightning_influence.functional.quantize import (
-    GROUP,
-    dequantize_int8,
-    group_count,
-    quantize_int8,
+from lightning_influence.functional.quantize import GROUP, dequantize_int8, group_count, quantize_int8
+from lightning_influence.functional.rotated import (
+    NOISE,
+    ROTATED_GROUP,
+    quantize_rotated,
+    restore_rotated,
+    rotate_groups,
+    rotated_group_count,
 )
 from lightning_influence.gradients import LayerGradient
 
 WHITENING_DAMPING = 0.1  # delta_0 as a multiple of the layer's mean Lambda_0
-BYTES_PER_COORDINATE = 1 + 4 / GROUP  # an int8 code and its share of a float32 scale
+BYTES_PER_COORDINATE = {  # a code and its share of a float32 scale
+    8: 1 + 4 / GROUP,
+    4: 1 / 2 + 4 / ROTATED_GROUP,
+    2: 1 / 4 + 4 / ROTATED_GROUP,
+}
+LOST = {8: 0.0, **NOISE}  # of the squares, by rounding
 
 
 @register_codec
@@ -40,11 +50,14 @@ class EigenCodec(Codec):
         basis: the layer's eigenbasis, of shape (o, i).
         coordinates: int64 [k], positions of the kept coordinates in the flattened [o, i].
         whitening: float [k], their (Lambda_0 + delta_0)^1/2.
+        bits: of a stored coordinate: 8, 4 or 2.
     """
 
     codec_id: ClassVar[str] = "eigen"
 
-    def __init__(self, basis: Eigenbasis, coordinates: Tensor, whitening: Tensor) -> None:
+    def __init__(self, basis: Eigenbasis, coordinates: Tensor, whitening: Tensor, bits: int = 8) -> None:
+        if bits not in BYTES_PER_COORDINATE:
+            raise ValueError(f"`bits` must be one of {[*BYTES_PER_COORDINATE]}, got {bits!r}")
         o, i = basis.shape
         if coordinates.ndim != 1 or coordinates.shape != whitening.shape or not len(coordinates):
             raise ValueError(
@@ -59,7 +72,7 @@ class EigenCodec(Codec):
         if coordinates.min() < 0 or coordinates.max() >= o * i:
             found = f"{int(coordinates.min())}..{int(coordinates.max())}"
             raise ValueError(f"`coordinates` must lie in [0, {o * i}) for shape {(o, i)}, got {found}")
-        self.basis, self.coordinates, self.whitening = basis, coordinates, whitening
+        self.basis, self.coordinates, self.whitening, self.bits = basis, coordinates, whitening, bits
 
     @functools.cached_property
     def selection(self) -> CoordinateSelection:
@@ -69,6 +82,9 @@ class EigenCodec(Codec):
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """`codes` and their `scales`."""
         k = len(self.coordinates)
+        if self.bits < 8:
+            groups = rotated_group_count(k)
+            return {"codes": ((groups * ROTATED_GROUP * self.bits // 8,), "u1"), "scales": ((groups,), "f4")}
         return {"codes": ((k,), "i1"), "scales": ((group_count(k),), "f4")}
 
     def encode(self, gradient: LayerGradient) -> dict[str, Tensor]:
@@ -77,33 +93,45 @@ class EigenCodec(Codec):
 
     def encode_coordinates(self, kept: Tensor) -> dict[str, Tensor]:
         """The arrays of coordinates [n, k] that were selected already."""
-        codes, scales = quantize_int8(kept / self.whitening)
+        whitened = kept / self.whitening
+        codes, scales = quantize_int8(whitened) if self.bits == 8 else quantize_rotated(whitened, self.bits)
         return {"codes": codes, "scales": scales}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradients [n, o, i], zero in the directions that were not kept."""
         o, i = self.basis.shape
-        values = dequantize_int8(arrays["codes"], arrays["scales"]) * self.whitening
+        values = self._whitened(arrays) * self.whitening
         coordinates = values.new_zeros(len(values), o * i)
         coordinates[:, self.coordinates] = values
         return self.basis.rotate_back(coordinates.unflatten(1, (o, i)))
 
     def project(self, coordinates: Tensor, basis: Eigenbasis) -> Tensor:
-        """The kept coordinates of the queries times the whitening, shape [q, k]."""
-        return coordinates.flatten(1)[:, self.coordinates] * self.whitening
+        """The kept coordinates of the queries times the whitening, rotated as the rows are, shape [q, k]."""
+        kept = coordinates.flatten(1)[:, self.coordinates] * self.whitening
+        return kept if self.bits == 8 else rotate_groups(kept)
 
     def scores(self, projected: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """One matrix product, shape [q, n]."""
-        return projected @ dequantize_int8(arrays["codes"], arrays["scales"]).T
+        return projected @ self._restored(arrays).T
 
     def quadratic(self, weights: Tensor, basis: Eigenbasis, arrays: Mapping[str, Tensor]) -> Tensor:
         """Weighted squares of the kept coordinates, shape [n]."""
-        values = dequantize_int8(arrays["codes"], arrays["scales"])
+        values = self._whitened(arrays)
         return values.square() @ (weights.flatten()[self.coordinates] * self.whitening.square())
 
     def get_config(self) -> dict[str, Any]:
-        """Nothing: the basis and the state say all."""
-        return {}
+        """The bits; the basis and the state say all else."""
+        return {"bits": self.bits}
+
+    def _restored(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Whitened coordinates, still rotated if they were for rounding."""
+        if self.bits == 8:
+            return dequantize_int8(arrays["codes"], arrays["scales"])
+        return restore_rotated(arrays["codes"], arrays["scales"], self.bits)
+
+    def _whitened(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        restored = self._restored(arrays)
+        return restored if self.bits == 8 else rotate_groups(restored)[:, : len(self.coordinates)]
 
     def state(self) -> dict[str, Tensor]:
         """Coordinates and whitening."""
@@ -112,16 +140,38 @@ class EigenCodec(Codec):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], basis: Eigenbasis) -> EigenCodec:
         """The inverse of `state`."""
-        return cls(basis, state["coordinates"], state["whitening"])
+        return cls(basis, state["coordinates"], state["whitening"], config.get("bits", 8))
 
 
-def select_coordinates(Lambdas: Mapping[str, Tensor], bytes_per_example: int) -> dict[str, tuple[Tensor, Tensor]]:
+def choose_bits(Lambdas: Mapping[str, Tensor], bytes_per_example: int) -> int:
+    """How many bits a coordinate should have: few bits keep more coordinates, many bits lose less of each.
+
+    Of what the coordinates' squares Lambda_0 / (Lambda_0 + delta_0) amount to, as much as possible is kept: 8 bits
+    where all coordinates fit so, and 2 where that keeps many more.
+
+    Args:
+        Lambdas: as for `select_coordinates`.
+        bytes_per_example: likewise.
+    """
+    signal = torch.cat([values.flatten() for values in _signal(Lambdas).values()])
+    sums = signal.square().sort(descending=True).values.cumsum(0)
+
+    def kept(bits: int) -> float:
+        return (1 - LOST[bits]) * float(sums[min(_budget(len(Lambdas), bytes_per_example, bits), len(sums)) - 1])
+
+    return max(BYTES_PER_COORDINATE, key=kept)
+
+
+def select_coordinates(
+    Lambdas: Mapping[str, Tensor], bytes_per_example: int, bits: int = 8
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Choose the coordinates of all layers together that carry most of the preconditioned signal.
 
     Args:
         Lambdas: Lambda_0 of each layer, shape [o, i].
         bytes_per_example: the budget over all layers, kept to unless that leaves a layer without any
             coordinate: each gets at least one.
+        bits: of a stored coordinate.
 
     Returns:
         For each layer the coordinates, int64 [k], most important first, and the whitening [k].
@@ -131,15 +181,27 @@ def select_coordinates(Lambdas: Mapping[str, Tensor], bytes_per_example: int) ->
         >>> chosen["a"][0].tolist()
         [0]
     """
-    for_codes = bytes_per_example - 4 * len(Lambdas)  # the last group of each layer may be short
-    budget = max(1, int(for_codes / BYTES_PER_COORDINATE))
-    damped = {name: Lambda + WHITENING_DAMPING * Lambda.mean() for name, Lambda in Lambdas.items()}
-    signal = {name: Lambdas[name] / damped[name].where(damped[name] > 0, 1) for name in Lambdas}
+    budget, damped = _budget(len(Lambdas), bytes_per_example, bits), _damped(Lambdas)
     chosen = {}
-    for name, coordinates in _largest(signal, budget).items():
+    for name, coordinates in _largest(_signal(Lambdas), budget).items():
         whitening = damped[name].flatten()[coordinates].sqrt()
         chosen[name] = (coordinates, whitening.where(whitening > 0, 1))
     return chosen
+
+
+def _budget(layers: int, bytes_per_example: int, bits: int) -> int:
+    """Coordinates that fit, when the last group of each layer is half full."""
+    per_layer = 4 if bits == 8 else ROTATED_GROUP // 2 * bits / 8
+    return max(1, int((bytes_per_example - per_layer * layers) / BYTES_PER_COORDINATE[bits]))
+
+
+def _damped(Lambdas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: Lambda + WHITENING_DAMPING * Lambda.mean() for name, Lambda in Lambdas.items()}
+
+
+def _signal(Lambdas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lambda_0 / (Lambda_0 + delta_0), at most 1."""
+    return {name: Lambdas[name] / damped.where(damped > 0, 1) for name, damped in _damped(Lambdas).items()}
 
 
 def _largest(signal: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:

@@ -100,11 +100,8 @@ def captures(task: Task, method: str) -> list[Capture]:
     if method == "merged":
         _require("trajectory", InfluenceCallback, "merge epochs")
         every = [_with_budget("every epoch, merged", b, epochs="every") for b in (*task.budgets, UNCOMPRESSED)]
-        some = [
-            _with_budget(f"every {name} epoch, merged", budget, epochs=n)
-            for n, name in ((2, "2nd"), (3, "3rd"))
-            for budget in (8192, 16384)
-        ]
+        one = task.budgets[-2]
+        some = [_with_budget(f"every {name} epoch, merged", one, epochs=n) for n, name in ((2, "2nd"), (3, "3rd"))]
         return every + some
     _require("trajectory", InfluenceCallback, "keep segments apart from merged rows")
     _require("segments", InfluenceModule.scores, "score segments together")

@@ -102,6 +102,9 @@ def captures(task: Task, method: str) -> list[Capture]:
         every = [_with_budget("every epoch, merged", b, epochs="every") for b in (*task.budgets, UNCOMPRESSED)]
         one = task.budgets[-2]
         some = [_with_budget(f"every {name} epoch, merged", one, epochs=n) for n, name in ((2, "2nd"), (3, "3rd"))]
+        parts = {"first half of the epochs": range(task.epochs // 2)}
+        parts["last third of the epochs"] = range(task.epochs - task.epochs // 3, task.epochs)
+        some += [_with_budget(f"{name}, merged", one, epochs=list(epochs)) for name, epochs in parts.items()]
         return every + some
     _require("trajectory", InfluenceCallback, "keep segments apart from merged rows")
     _require("segments", InfluenceModule.scores, "score segments together")

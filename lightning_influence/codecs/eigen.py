@@ -2,7 +2,7 @@
 
 z = (Lambda_0 + delta_0)^-1/2 * (Q_S^T G Q_A), of which the coordinates with the largest
 Lambda_0 / (Lambda_0 + delta_0) are kept, over all layers together, and rounded: to 8 bits in groups
-of 64, or to 2 or 4 bits in rotated groups of 256 (`functional.rotated`). Whitening evens out the entries of a
+of 64, or to 2 or 4 bits in groups of 256 after a rotation (`functional.rotated`). Whitening evens out the entries of a
 group; the query carries its inverse, so that damping and curvature stay free. For layers used on sequences,
 whose pairs would take s (i + o) numbers, and for sums over epochs.
 

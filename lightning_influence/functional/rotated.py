@@ -1,8 +1,8 @@
-"""Rounding to 2 or 4 bits: groups of 256 entries are rotated, so that they look Gaussian, and rounded evenly.
+"""Rounding to 2 or 4 bits: entries are rotated, so that they look Gaussian, and rounded evenly.
 
-The Hadamard rotation spreads an outlier over its group, and its noise too (Ashkboos et al. 2024,
-arXiv:2404.00456, rotate activations so). A group then has one step, in proportion to its root mean square: that
-of the uniform quantiser with the least squared error for a Gaussian (Max 1960, "Quantizing for minimum
+The Hadamard rotation spreads an outlier over 64 entries, and its noise too (Ashkboos et al. 2024,
+arXiv:2404.00456, rotate activations so). Then 256 entries have one step, in proportion to their root mean square:
+that of the uniform quantiser with the least squared error for a Gaussian (Max 1960, "Quantizing for minimum
 distortion").
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ROTATED_GROUP = 256
-SIDE = 16  # a group is rotated as a matrix [16, 16], from both sides
+ROTATED_TOGETHER = 64
 STEPS = {2: 0.9957, 4: 0.3352}  # over the root mean square
 NOISE = {2: 0.1188, 4: 0.01154}  # mean squared error over the mean square, of a Gaussian
 
@@ -28,13 +28,13 @@ def rotated_group_count(width: int) -> int:
 @functools.cache
 def _hadamard() -> Tensor:
     matrix = torch.ones(1, 1)
-    while len(matrix) < SIDE:
+    while len(matrix) < ROTATED_TOGETHER:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / SIDE**0.5
+    return matrix / ROTATED_TOGETHER**0.5
 
 
 def rotate_groups(values: Tensor) -> Tensor:
-    """Each group of 256 entries times a symmetric orthonormal matrix, which is its own inverse.
+    """Each 64 entries times a symmetric orthonormal matrix, which is its own inverse.
 
     Args:
         values: shape [..., d]; padded with zeros to a multiple of 256.
@@ -46,8 +46,7 @@ def rotate_groups(values: Tensor) -> Tensor:
     """
     width = values.shape[-1]
     padded = pad(values, (0, rotated_group_count(width) * ROTATED_GROUP - width))
-    H = _hadamard().to(values)
-    return (H @ padded.unflatten(-1, (-1, SIDE, SIDE)) @ H).flatten(-3)
+    return (padded.unflatten(-1, (-1, ROTATED_TOGETHER)) @ _hadamard().to(values)).flatten(-2)
 
 
 def quantize_rotated(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,7 @@ Codecs
     Q_S^T G Q_A; all other entries count as 0. With 8 ``bits``, z[j] is entry j of ``codes`` (i1) times
     ``scales[j // 64]``. With b = 4 or 2 ``bits``, ``codes`` (u1) holds 8 / b codes a byte, the first in the lowest
     bits; (code - (2^b - 1) / 2) times ``scales[j // 256]`` are the entries of z, padded with zeros to a
-    multiple of 256, after each 256 of them as a row-major matrix Z [16, 16] were turned into H Z H, with H the
-    Hadamard matrix (Sylvester's) over 4.
+    multiple of 256, after each 64 of them were multiplied by the Hadamard matrix (Sylvester's) over 8.
 
 Versions 1 to 3 open for ever. Version 3 and older had 8 ``bits`` only, and the config of ``eigen`` was empty.
 Versions 1 and 2 had no ``/segments``, no ``segment`` (it is the attribute ``epoch``

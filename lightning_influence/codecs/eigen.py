@@ -2,9 +2,9 @@
 
 z = (Lambda_0 + delta_0)^-1/2 * (Q_S^T G Q_A), of which the coordinates with the largest
 Lambda_0 / (Lambda_0 + delta_0) are kept, over all layers together, and rounded: to 8 bits in groups
-of 64, or to 2 or 4 bits in groups of 256 after a rotation (`functional.rotated`). Whitening evens out the entries of a
-group; the query carries its inverse, so that damping and curvature stay free. For layers used on sequences,
-whose pairs would take s (i + o) numbers, and for sums over epochs.
+of 64, or to 2 or 4 bits in groups of 256 after a rotation (`functional.rotated`). Whitening evens out the
+entries of a group; the query carries its inverse, so that damping and curvature stay free. For layers used on
+sequences, whose pairs would take s (i + o) numbers, and for sums over epochs.
 
 Error: with 8 bits a kept entry of z is off by at most max|group of 64| / 254; with 4 or 2 bits the squared
 error of a group is about 1 % or 12 % of its square. What is not kept is lost.
@@ -93,8 +93,13 @@ class EigenCodec(Codec):
 
     def encode_coordinates(self, kept: Tensor) -> dict[str, Tensor]:
         """The arrays of coordinates [n, k] that were selected already."""
-        whitened = kept / self.whitening
-        codes, scales = quantize_int8(whitened) if self.bits == 8 else quantize_rotated(whitened, self.bits)
+        if self.bits == 8:
+            codes, scales = quantize_int8(kept / self.whitening)
+        else:
+            k = len(self.coordinates)
+            whitened = kept.new_zeros(len(kept), rotated_group_count(k) * ROTATED_GROUP)
+            torch.div(kept, self.whitening, out=whitened[:, :k])
+            codes, scales = quantize_rotated(whitened, self.bits)
         return {"codes": codes, "scales": scales}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:

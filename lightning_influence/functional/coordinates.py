@@ -38,28 +38,33 @@ class CoordinateSelection:
 
     def of(self, gradient: LayerGradient) -> Tensor:
         """The coordinates of each example, shape [n, k]."""
-        if self._is_grouped:
-            parts = [
-                self.basis.rotate_dense(dense).flatten(1)[:, self.kept] for _, dense in gradient.dense_chunks()
-            ]
-        elif isinstance(gradient, RowGradient) and self._Q_S is None:
+        if isinstance(gradient, RowGradient) and self._Q_S is None and not self._is_grouped:
             return self._of_rows(gradient)
+        found = self.basis.eigenvalues_A.new_empty(len(gradient), len(self.kept))
+        if self._is_grouped:
+            for rows, dense in gradient.dense_chunks():
+                found[rows] = self.basis.rotate_dense(dense).flatten(1)[:, self.kept]
         elif isinstance(gradient, FactoredGradient) and self._is_cheaper_by_factors(gradient):
-            parts = [self._of_factors(part) for part in self._chunks(gradient)]
+            for rows in self._chunks(gradient):
+                self._of_factors(gradient[rows], found[rows])
         else:
-            parts = [self._of_dense(dense) for _, dense in gradient.dense_chunks()]
-        return torch.cat(parts) if parts else self.basis.eigenvalues_A.new_zeros(0, len(self.kept))
+            for rows, dense in gradient.dense_chunks():
+                found[rows] = self._of_dense(dense)
+        return found
 
-    def _of_factors(self, gradient: FactoredGradient) -> Tensor:
+    def _of_factors(self, gradient: FactoredGradient, found: Tensor) -> None:
+        """Write the coordinates [n, k] of gradients to `found`."""
         inputs = gradient.inputs[..., self._columns] if self._Q_A is None else gradient.inputs @ self._Q_A
         grads = gradient.output_grads[..., self._rows] if self._Q_S is None else gradient.output_grads @ self._Q_S
         if gradient.positions == 1 and len(self.kept) < len(self._rows) * len(self._columns):
-            return grads[:, 0].index_select(1, self._row_of) * inputs[:, 0].index_select(1, self._column_of)
+            torch.index_select(grads[:, 0], 1, self._row_of, out=found)
+            found *= inputs[:, 0].index_select(1, self._column_of)
+            return
         products = [
             (grads.index_select(2, rows).mT @ inputs.index_select(2, columns)).flatten(1)
             for rows, columns in self._blocks
         ]
-        return torch.cat(products, dim=1).index_select(1, self._block_places)
+        torch.index_select(torch.cat(products, dim=1), 1, self._block_places, out=found)
 
     def _of_dense(self, dense: Tensor) -> Tensor:
         """Of gradients [n, o, i], the side first that makes them smaller."""
@@ -92,11 +97,11 @@ class CoordinateSelection:
         by_factors = s * (self._products + o * r * (self._Q_S is not None) + i * c * (self._Q_A is not None))
         return by_factors <= s * o * i + min(r * i * (o + c), o * c * (i + r))
 
-    def _chunks(self, gradient: FactoredGradient) -> list[FactoredGradient]:
+    def _chunks(self, gradient: FactoredGradient) -> list[slice]:
         """As many examples at a time as their coordinates take 64 MB."""
         elements = self._products + gradient.positions * (len(self._rows) + len(self._columns))
         step = max(1, chunk_elements(gradient.device) // elements)
-        return [gradient[start : start + step] for start in range(0, len(gradient), step)]
+        return [slice(start, start + step) for start in range(0, len(gradient), step)]
 
 
 def _blocks_of(row_of: Tensor, column_of: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

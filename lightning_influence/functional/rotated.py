@@ -44,8 +44,8 @@ def rotate_groups(values: Tensor) -> Tensor:
         >>> rotated.shape, round(float(rotate_groups(rotated)[0, 0]), 4)
         (torch.Size([1, 512]), 1.0)
     """
-    width = values.shape[-1]
-    padded = pad(values, (0, rotated_group_count(width) * ROTATED_GROUP - width))
+    missing = -values.shape[-1] % ROTATED_GROUP
+    padded = pad(values, (0, missing)) if missing else values
     return (padded.unflatten(-1, (-1, ROTATED_TOGETHER)) @ _hadamard().to(values)).flatten(-2)
 
 

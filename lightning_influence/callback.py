@@ -244,6 +244,12 @@ class InfluenceCallback(Callback):
         if self._session is not None:
             self._session.end_training()
 
+    @_guarded
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge what a run has left that was killed while it merged."""
+        if self._session is not None:
+            self._session.merge_late()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook and no unfinished file that no checkpoint needs (Lightning calls no `teardown` here)."""
         if saves_on_exception(trainer):  # after us, as Lightning orders callbacks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -51,6 +51,16 @@ class LayerPlan:
         """Whether rows can be written only after covariances were seen."""
         return self.codec == "eigen" and not self.structure.is_diagonal
 
+    def to_builtins(self) -> dict[str, Any]:
+        """Plain values, from which `of_builtins` makes the plan again."""
+        return {**vars(self), "structure": self.structure.to_builtins()}
+
+    @classmethod
+    def of_builtins(cls, values: Mapping[str, Any]) -> LayerPlan:
+        """The inverse of `to_builtins`."""
+        structure = KroneckerStructure(**values["structure"])
+        return cls(**{**values, "shape": tuple(values["shape"]), "structure": structure})
+
     def codec_without_basis(self) -> PairsCodec | DenseCodec:
         """The codec for rows that are written before there is a basis."""
         if self.codec == "dense":
@@ -94,17 +104,18 @@ def plan_layers(
 
 
 def plan_whole_gradients(
-    layers: Mapping[str, TrackedLayer], gradients: Mapping[str, LayerGradient]
+    layers: Mapping[str, TrackedLayer], gradients: Mapping[str, LayerGradient], codec: CodecName = "auto"
 ) -> dict[str, LayerPlan]:
-    """Choose how each layer's whole gradients take the fewest bytes, for rows that are merged later.
+    """How each layer's whole gradients are kept, nearly exact and without an eigenbasis, until they are merged.
 
-    That is without an eigenbasis and nearly exact: float16 pairs, or the float16 gradient itself.
+    That is as float16 pairs where an example's gradient is one outer product, and as the float16 gradient itself
+    elsewhere, of which batches may differ in their positions; everywhere with `codec="eigen"`.
     """
     plans = {}
     for name, plan in plan_layers(layers, gradients, "pairs-float16").items():
         o, i = plan.shape
-        is_dense = plan.codec == "dense" or plan.positions * (o + i) > o * i
-        plans[name] = replace(plan, codec="dense" if is_dense else "pairs")
+        is_pair = codec != "eigen" and plan.codec == "pairs" and plan.positions == 1 and o + i <= o * i
+        plans[name] = replace(plan, codec="pairs" if is_pair else "dense")
     return plans
 
 

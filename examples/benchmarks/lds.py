@@ -108,12 +108,8 @@ def captures(task: Task, method: str) -> list[Capture]:
         return every + some
     _require("trajectory", InfluenceCallback, "keep segments apart from merged rows")
     _require("segments", InfluenceModule.scores, "score segments together")
-    return [
-        _with_budget(
-            "every epoch, segments", budget, {"segments": "learning_rate"}, epochs="every", trajectory="segments"
-        )
-        for budget in (1024, 8192)
-    ]
+    asked = {"segments": "learning_rate"}
+    return [_with_budget("every epoch, segments", 8192, asked, epochs="every", trajectory="segments")]
 
 
 def _with_budget(family: str, budget: int, asked: Mapping[str, Any] | None = None, **options: Any) -> Capture:
@@ -243,9 +239,17 @@ def measure(task: Task, methods: Sequence[str], seeds: int) -> Iterator[Predicti
         groups.setdefault(str(sorted(capture.options.items())), []).append(capture)
     for seed in range(seeds):
         for group in groups.values():
-            yield from predict(task, group, seed)
+            if not (args.resume and all(_is_kept(task, capture, seed) for capture in group)):
+                yield from predict(task, group, seed)
         if "kronfluence" in methods:
             yield from predict_by_kronfluence(task, seed)
+
+
+def _is_kept(task: Task, capture: Capture, seed: int) -> bool:
+    """Whether there is a prediction of an earlier call."""
+    return (
+        Prediction(capture.family, capture.variant, seed, {}).file(predictions_folder(task, args.cache)).exists()
+    )
 
 
 def main() -> None:
@@ -272,6 +276,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-1])
     parser.add_argument("--seeds", type=int, default=3, help="training runs on all examples")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where truth and predictions are kept")
+    parser.add_argument("--resume", action="store_true", help="keep predictions that are there")
     parser.add_argument("--workers", type=int, default=1, help="processes that make the truth")
     parser.add_argument("--truth", action=argparse.BooleanOptionalAction, default=True, help="complete it first")
     parser.add_argument("--results", type=Path, default=Path("lds.json"))

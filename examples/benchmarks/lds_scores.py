@@ -45,10 +45,13 @@ class Prediction:
     sums: Mapping[str, np.ndarray]
     bytes_per_example: float = math.nan
 
+    def file(self, folder: Path) -> Path:
+        """Where it is kept."""
+        return folder / (re.sub(r"\W+", "-", f"{self.family} {self.variant} {self.seed}") + ".npz")
+
     def save(self, folder: Path) -> None:
         """Replace an earlier one of the same name."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"\W+", "-", f"{self.family} {self.variant} {self.seed}")
         arrays: dict[str, Any] = {
             "_family": self.family,
             "_variant": self.variant,
@@ -56,10 +59,10 @@ class Prediction:
             "_bytes": self.bytes_per_example,
             **self.sums,
         }
-        part = folder / f"{name}.part"
+        part = self.file(folder).with_suffix(".part")
         with part.open("wb") as file:
             np.savez(file, **arrays)
-        part.replace(folder / f"{name}.npz")  # whole at any time, for those who read meanwhile
+        part.replace(self.file(folder))  # whole at any time, for those who read meanwhile
 
     @classmethod
     def load(cls, path: Path) -> Prediction:

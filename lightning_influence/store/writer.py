@@ -236,10 +236,9 @@ class StoreWriter:
 
         # NumPy promises no order among repeated indices, so repeats are dropped here.
         unique, from_end, counts = np.unique(indices[::-1], return_index=True, return_counts=True)
-        if len(unique) < len(indices):
+        unique = unique if len(unique) < len(indices) else indices  # which need no copies of the values
+        if unique is not indices:
             values = {name: value[len(indices) - 1 - from_end] for name, value in values.items()}
-        else:
-            unique, counts = indices, np.ones_like(indices)
         self._rows["rows/written"][unique] = 0  # a process that dies here leaves no row half old, half new
         for name, value in values.items():
             self._rows[name][unique] = value

@@ -93,16 +93,6 @@ class FinalRows:
         seen = np.unique(np.concatenate([np.empty(0, np.int64), *self._seen]))
         return torch.from_numpy(seen[seen >= 0])
 
-    def warn_of_order(self, callback: Callback) -> None:
-        """Weights that another callback replaces after ours has run are not those of the rows."""
-        everyone = self._trainer.callbacks  # type: ignore[attr-defined]
-        for other in everyone[everyone.index(callback) + 1 :]:
-            if isinstance(other, AVERAGING):
-                rank_zero_warn(
-                    f'InfluenceCallback: {type(other).__name__} replaces the weights after `rows="final"` has '
-                    "captured them; put InfluenceCallback after it in the trainer's list of callbacks."
-                )
-
     def write(self, path: Path, store_id: str, num_examples: int, bases: Mapping[str, Eigenbasis]) -> Agreement:
         """Sweep over the examples of the last epoch and write the file.
 
@@ -154,3 +144,14 @@ class FinalRows:
         if self._is_resumed:
             report.warn_of_resumed_epoch(path, self.epoch, counts)
         return agreement
+
+
+def warn_of_order(trainer: Trainer, callback: Callback) -> None:
+    """Weights that another callback replaces after ours has written its file are not those of the file."""
+    everyone = trainer.callbacks  # type: ignore[attr-defined]
+    for other in everyone[everyone.index(callback) + 1 :]:
+        if isinstance(other, AVERAGING):
+            rank_zero_warn(
+                f"InfluenceCallback: {type(other).__name__} replaces the weights when training ends, after the "
+                "file was written for those before; put InfluenceCallback after it in the trainer's callbacks."
+            )

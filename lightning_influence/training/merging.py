@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class TrajectoryCapture:
         self._trajectory: Trajectory | None = None
         self._attributes: dict[str, Any] = {}  # of the first and the last captured epoch
         self._documents: dict[str, object] = {}
+        self._tracking: LayerTracking | None = None  # of the last captured epoch
 
     @property
     def epochs(self) -> list[int]:
@@ -66,11 +68,18 @@ class TrajectoryCapture:
             num_examples: length of the dataset.
 
         Raises:
-            CaptureError: if the disk has no room for all of them.
+            CaptureError: if the disk has no room for all of them, or the dataset has another length than before.
         """
         if self._trajectory is None:
             self._trajectory = Trajectory(self._processes)
             self._check_room(plans, num_examples)
+        others = [e.epoch for e in self._trajectory.epochs if e.writer.num_examples != num_examples]
+        if others:
+            raise CaptureError(
+                f"The dataset has {num_examples} examples in epoch {epoch}, but had "
+                f"{self._trajectory.epochs[0].writer.num_examples} in epoch {others[0]}: rows of one index may be "
+                'of several examples; pass `trajectory="segments"` or `epochs="last"`.'
+            )
         positions = min(max(1, plan.positions) for plan in plans.values())
         stride = num_examples * self._num_epochs * positions // COVARIANCE_EXAMPLES
         return Recorder(
@@ -93,12 +102,17 @@ class TrajectoryCapture:
             documents = documents_of(capture.recorder, tracking, datasets)
             rates = capture.learning_rates()
         facts = {k: attributes[k] for k in EPOCH_FACTS if k in attributes}
-        self._trajectory.add(capture.recorder, epoch=capture.epoch, weights=rates, facts=facts)
+        try:
+            self._trajectory.add(capture.recorder, epoch=capture.epoch, weights=rates, facts=facts)
+        except CaptureError as error:  # no finite gradient, in any process
+            capture.discard()
+            rank_zero_warn(f"InfluenceCallback: epoch {capture.epoch} is not merged with the others. {error}")
+            return
         kept = ("step_start", "weights_hash_start")
         first: dict[str, Any] = {key: self._attributes[key] for key in kept if key in self._attributes}
         is_whole = attributes["is_whole"] and self._attributes.get("is_whole", True)
         self._attributes = {**attributes, **first, "is_whole": is_whole}
-        self._documents = documents
+        self._documents, self._tracking = documents, tracking
 
     def write(self, trainer: Trainer, model: LightningModule | None) -> tuple[int, Agreement]:
         """Merge the epochs and write the file, all processes together.
@@ -116,6 +130,7 @@ class TrajectoryCapture:
             if self._processes.is_first:
                 if model is not None:
                     self._attributes["weights_hash_end"] = weights_hash(model)
+                self._leave_out()
                 writer = StoreWriter(
                     self._path,
                     num_examples=self._trajectory.epochs[0].writer.num_examples,
@@ -157,26 +172,56 @@ class TrajectoryCapture:
             return None
         return {
             "trajectory": self._trajectory.state(),
+            "num_examples": self._trajectory.epochs[0].writer.num_examples,
             "attributes": dict(self._attributes),
+            "documents": json.dumps(self._documents),
         }
 
-    def resume(
-        self, state: Mapping[str, Any] | None, plans: Mapping[str, LayerPlan], num_examples: int | None
-    ) -> None:
-        """Go on with the epochs that an earlier run has captured, all processes together."""
-        if state is None or num_examples is None or self._trajectory is not None:
-            return
-        self._trajectory = Trajectory(self._processes)
+    def resume(self, state: Mapping[str, Any] | None, expected: Sequence[int], kept: Collection[str]) -> None:
+        """Go on with the epochs that an earlier run has captured, all processes together.
+
+        Args:
+            state: that run's; None if there is nothing.
+            expected: epochs that should be there.
+            kept: names of files that are needed, besides those of `state`.
+        """
+        found = None if state is None else state.get("trajectory")
         with self._processes.together():
-            self._attributes = dict(state["attributes"])
-            lost = self._trajectory.resume(
-                state["trajectory"], plans, self._path, num_examples=num_examples, store_id=self._store_id
-            )
-        if lost:
+            if found is not None:
+                self._trajectory = Trajectory(self._processes)
+                self._attributes, self._documents = dict(found["attributes"]), json.loads(found["documents"])
+                self._trajectory.resume(
+                    found["trajectory"], self._path, num_examples=found["num_examples"], store_id=self._store_id
+                )
+            if self._processes.is_first:
+                self._clean(kept)
+        missing = [epoch for epoch in expected if epoch not in self.epochs]
+        if missing:
             rank_zero_warn(
-                f"InfluenceCallback: the rows of epochs {lost} are not beside {self._path} any more, so they will "
-                "not be in the file; its document 'trajectory' says which are."
+                f"InfluenceCallback: training goes on, and rows of epochs {', '.join(map(str, missing))} are not "
+                f"beside {self._path}, so they will not be in the file. Its document 'trajectory' says which are."
             )
+
+    def _clean(self, kept: Collection[str]) -> None:
+        """Delete rows of epochs that training has left, or whose notes are lost."""
+        own = {epoch.writer.partial_path.name for epoch in self._trajectory.epochs} if self._trajectory else set()
+        for file in self._path.parent.iterdir() if self._path.parent.exists() else ():
+            is_rows = file.name.startswith(f"{self._path.name}.epoch") and file.name.endswith(
+                f".{self._store_id[:8]}.partial"
+            )
+            if is_rows and file.name not in own and file.name not in kept:
+                file.unlink(missing_ok=True)
+
+    def _leave_out(self) -> None:
+        """Say which layers are not in the merged rows, in the coverage too."""
+        assert self._trajectory is not None
+        without, frozen = self._trajectory.without_weight, self._trajectory.not_in_the_last
+        if without and self._tracking is not None and set(without) < set(self._tracking.layers):
+            self._tracking.drop(dict.fromkeys(without, "its learning rate was 0 in all captured epochs"))
+            self._documents["coverage"] = self._tracking.coverage.to_builtins()
+        for names, reason in ((without, "as it learnt in no epoch"), (frozen, "as it was frozen at last")):
+            if names:
+                rank_zero_warn(f"InfluenceCallback: {', '.join(names)}: not in the merged rows, {reason}.")
 
     def close(self, *, keeps_rows: bool) -> None:
         """Leave the epochs' rows to a resumed run, or delete them; may be called more than once."""

@@ -17,7 +17,7 @@ from lightning_influence.training.final_rows import FinalRows
 from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.merging import TrajectoryCapture
 from lightning_influence.training.options import CaptureOptions
-from lightning_influence.training.resume import is_file_of
+from lightning_influence.training.resume import Resumption, is_file_of
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.tracking import LayerTracking
@@ -80,7 +80,8 @@ class Outcome:
         options = self._options
         if options.merges:
             return self.trajectory.recorder(plans, epoch, num_examples=num_examples)
-        has_file = self.finished_epoch is not None or (self._is_resumed and is_file_of(self._path, self._store_id))
+        is_left = self._is_resumed and is_file_of(self._path, self._store_id)
+        has_file = self.finished_epoch is not None or is_left
         writer = StoreWriter(
             self._path,
             num_examples=num_examples,
@@ -122,6 +123,23 @@ class Outcome:
         assert num_examples is not None
         self.agreement = final.write(self._path, self._store_id, num_examples, bases)
         self.finished_epoch = final.epoch
+
+    def resume(self, resumption: Resumption, epoch: int) -> None:
+        """Go on with the epochs that wait to be merged, where training goes on in an epoch."""
+        if not self._options.merges or not (epoch or self._is_resumed):
+            return
+        state = resumption.state
+        capture = None if state is None else state["capture"]
+        kept = [] if capture is None else [capture["recorder"]["unfinished"]]
+        self.trajectory.resume(state, [e for e in range(epoch) if self._schedule.wants(e)], kept)
+
+    def give_up(self, trainer: Trainer) -> None:
+        """After a failure of ours, merge the whole epochs, for the weights at the end of the last one."""
+        try:
+            if self._processes.is_alone and self.finished_epoch is None:
+                self.merge(trainer, None)
+        finally:
+            self.trajectory.close(keeps_rows=False)
 
     def merge(self, trainer: Trainer, model: LightningModule | None) -> None:
         """Merge the epochs that wait for it, if there are any.

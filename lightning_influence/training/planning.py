@@ -66,7 +66,7 @@ def agree_on_plans(
 
 def _plans(tracking: LayerTracking, batch: CapturedBatch, options: CaptureOptions) -> dict[str, LayerPlan]:
     if options.merges:
-        return plan_whole_gradients(tracking.layers, batch.step.gradients)
+        return plan_whole_gradients(tracking.layers, batch.step.gradients, options.codec)
     return plan_layers(tracking.layers, batch.step.gradients, options.codec)
 
 

@@ -30,9 +30,10 @@ def resume_path(path: Path, store_id: str, processes: Processes) -> Path:
 
 
 def is_file_of(path: Path, store_id: str) -> bool:
-    """Whether there is a finished file of this run."""
+    """Whether there is a finished file of this run, whose rows are one epoch's or segments."""
     try:
-        return StoreReader(path).store_id == store_id
+        reader = StoreReader(path)
+        return reader.store_id == store_id and reader.attributes.get("trajectory") != "merge"
     except StoreError:
         return False
 
@@ -64,10 +65,13 @@ class Resumption:
     def fitting(self, plans: Mapping[str, LayerPlan]) -> dict[str, Any] | None:
         """What that run has kept, if it stored the layers as this one does; otherwise it is forgotten."""
         if self.state is not None and plans and self.state["plans"] != _described(plans):
-            rank_zero_warn(
-                "InfluenceCallback: layers are stored in another way than in the run that is resumed (`layers`, "
-                "`codec`, or what is trainable), so what it has captured is of no use. Capture begins anew."
-            )
+            is_used = self.state["capture"] is not None or any(self.state["bases"].values())
+            if is_used:
+                rank_zero_warn(
+                    "InfluenceCallback: layers are stored in another way than in the run that is resumed "
+                    "(`layers`, `codec`, or what is trainable), so what it has captured is of no use. Capture "
+                    "begins anew."
+                )
             self.state = None
         return self.state if plans else None
 

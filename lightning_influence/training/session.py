@@ -20,7 +20,7 @@ from lightning_influence.training import report
 from lightning_influence.training.bases import BasisPreparation
 from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.epoch import EpochCapture
-from lightning_influence.training.final_rows import FinalRows
+from lightning_influence.training.final_rows import FinalRows, warn_of_order
 from lightning_influence.training.indices import IndexRecorder
 from lightning_influence.training.mixing import check_mixing
 from lightning_influence.training.options import CaptureOptions
@@ -105,8 +105,8 @@ class CaptureSession:
         self._final_rows = (
             FinalRows(self.trainer, self.model, self.options) if self.options.rows == "final" else None
         )
-        if self._final_rows is not None:
-            self._final_rows.warn_of_order(callback)
+        if self._final_rows is not None or self.options.merges:
+            warn_of_order(self.trainer, callback)
         self._indices.install(self.trainer)
 
     def resume(self, store_id: str) -> None:
@@ -123,6 +123,7 @@ class CaptureSession:
         )
         if is_resumed:
             self._resumption.load(self._resume_path, step=self.trainer.global_step, processes=self.processes)
+        self._outcome.resume(self._resumption, self.trainer.current_epoch)
 
     def start_epoch(self) -> None:
         """Decide what this epoch is for."""
@@ -170,7 +171,8 @@ class CaptureSession:
                 return
         if self._records_rows:
             if self._capture is None:
-                rates = LayerRates(self.trainer, self._batches.tracking.layers)
+                layers, merges = self._batches.tracking.layers, self.options.merges
+                rates = LayerRates(self.trainer, layers, is_wanted=merges)
                 self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes, rates)
                 if not self._is_unmixed:
                     self._batches.keep(batch, len(rows))
@@ -215,8 +217,6 @@ class CaptureSession:
             with together():
                 if (state := self._resumption.fitting(self._plans)) is not None:
                     self._bases.load(state["bases"], self._plans)
-            if state is not None:
-                self._outcome.trajectory.resume(state.get("trajectory"), self._plans, self._indices.num_examples)
         self._prepare_recorder()
         with together():
             for batch in batches if self._plans else ():
@@ -259,6 +259,14 @@ class CaptureSession:
         codecs = {"eigen" if self.options.merges else plan.codec for plan in self._plans.values()}
         report.warn_of_losses(self._outcome.agreement, codecs, self._normalizations or ())
 
+    def merge_late(self) -> None:
+        """Of a run that ended while it merged, and had nothing left to train when it was resumed."""
+        if self.options.merges and not self.has_started and self._resume_path.exists():
+            self.start_training()
+            self._outcome.merge(self.trainer, self.model)
+            self._resume_path.unlink(missing_ok=True)
+            self._is_over = True
+
     def merge_after_exception(self) -> None:
         """Of a run that was interrupted, merge the whole epochs, for the weights at the end of the last one."""
         if self.has_started and not self._is_over and self.processes.is_alone:
@@ -267,7 +275,7 @@ class CaptureSession:
     def fail(self, error: Exception) -> bool:
         """Whether the other processes have still to be told; then this one goes on until they are."""
         if self.has_started:
-            self._outcome.trajectory.close(keeps_rows=False)
+            self._outcome.give_up(self.trainer)
         self._resumption.capture = None  # nothing that a resumed run should go on with
         if self.processes.is_alone or self.processes.is_over:
             return False

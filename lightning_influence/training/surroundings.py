@@ -70,9 +70,9 @@ def trainable(model: nn.Module) -> list[bool]:
 
 def learning_rate(trainer: Trainer) -> float:
     """Of the first parameter group; NaN without an optimizer."""
-    if not trainer.optimizers:
-        return float("nan")
-    return float(trainer.optimizers[0].param_groups[0]["lr"])
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    rate = groups[0].get("lr") if groups else None
+    return float("nan") if rate is None else float(rate)
 
 
 class LayerRates:
@@ -83,9 +83,11 @@ class LayerRates:
     Args:
         trainer: of the fit.
         layers: by name.
+        is_wanted: whether anything is to be summed at all.
     """
 
-    def __init__(self, trainer: Trainer, layers: Mapping[str, TrackedLayer]) -> None:
+    def __init__(self, trainer: Trainer, layers: Mapping[str, TrackedLayer], *, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
         groups = {
             id(parameter): group
             for optimizer in trainer.optimizers
@@ -102,9 +104,9 @@ class LayerRates:
     def add(self) -> None:
         """Take in the rates of the batch that is about to be trained on."""
         self._steps += 1
-        for name, group in self._groups.items():
+        for name, group in self._groups.items() if self._is_wanted else ():
             if group is not None:
-                self._totals[name] += float(group["lr"])
+                self._totals[name] += _rate(name, group)
 
     def sums(self) -> dict[str, Any]:
         """What `resume` needs."""
@@ -119,6 +121,16 @@ class LayerRates:
     def means(self) -> dict[str, float]:
         """By layer."""
         return {name: total / max(self._steps, 1) for name, total in self._totals.items()}
+
+
+def _rate(name: str, group: Mapping[str, Any]) -> float:
+    try:
+        return float(group["lr"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedTrainingError(
+            f"Merged rows weigh epochs by their learning rates, but that of layer {name!r} is {group.get('lr')!r} "
+            'in its optimizer; pass `trajectory="segments"` or `epochs="last"`.'
+        ) from error
 
 
 def backpropagated_factor(trainer: Trainer, model: LightningModule) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 CHUNK_BYTES = 8 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 SAMPLES = 1024  # gradients, of all epochs together, of which Lambda is made
 SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
+SAMPLED_PRODUCTS = 5 * 10**10  # multiply-adds for a layer's Lambda, of gradients that are no pairs
+SAMPLED_AT_LEAST = 32  # examples, whatever that takes
 QUERIES = 16
 
 
@@ -99,10 +101,13 @@ class Trajectory:
         with self._processes.together():
             for name, metric in recorder.covariances.items():
                 factors = [factor.detach().cpu() * weights[name] for factor in metric.compute()]
-                if name in self._covariances:
-                    factors = [a + b for a, b in zip(self._covariances[name], factors, strict=True)]
+                earlier = self._covariances.get(name)
+                if earlier is not None and [a.shape for a in earlier] == [b.shape for b in factors]:
+                    factors = [a + b for a, b in zip(earlier, factors, strict=True)]
+                    self._covariance_weights[name] += weights[name]
+                else:  # the first epoch, or the first one with a bias or without
+                    self._covariance_weights[name] = weights[name]
                 self._covariances[name] = factors
-                self._covariance_weights[name] = self._covariance_weights.get(name, 0.0) + weights[name]
             counts = {f"rows_{name}": count for name, count in asdict(recorder.counts()).items()}
             if not self._processes.is_first:
                 recorder.writer.leave()
@@ -117,19 +122,19 @@ class Trajectory:
             bytes_per_example: budget of a row over all layers.
 
         Raises:
-            CaptureError: if there are no epochs, or all weights of a layer are zero or not finite.
+            CaptureError: if there are no epochs, or all weights are zero or not finite.
         """
         examples = Examples(self.epochs, writer.num_examples)
         weights = self._weights()
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
-        bases = {name: self._basis(name) for name in self._plans}
+        bases = {name: self._basis(name) for name in weights}
         Lambdas = {name: self._mean_squares(name, bases[name], sample, examples, weights[name]) for name in bases}
         bits = choose_bits(Lambdas, bytes_per_example)
         chosen = select_coordinates(Lambdas, bytes_per_example, bits)
         codecs = {name: EigenCodec(basis, *chosen[name], bits) for name, basis in bases.items()}
         layers = {name: ScoredLayer(bases[name], Lambdas[name], codec) for name, codec in codecs.items()}
         writer.create({name: specs(codec) for name, codec in codecs.items()})
-        for rows in examples.chunks(self._chunk_examples()):
+        for rows in examples.chunks(min(self._chunk_examples(name) for name in weights)):
             arrays = {
                 name: codec.encode(self._summed(name, rows, examples, weights[name]))
                 for name, codec in codecs.items()
@@ -174,7 +179,7 @@ class Trajectory:
                 {
                     "epoch": epoch.epoch,
                     "unfinished": epoch.writer.partial_path.name,
-                    "positions": {name: plan.positions for name, plan in epoch.plans.items()},
+                    "plans": {name: plan.to_builtins() for name, plan in epoch.plans.items()},
                     "weights": dict(epoch.weights),
                     "facts": dict(epoch.facts),
                 }
@@ -185,7 +190,6 @@ class Trajectory:
     def resume(
         self,
         state: Mapping[str, Any],
-        plans: Mapping[str, LayerPlan],
         path: Path,
         *,
         num_examples: int,
@@ -195,7 +199,6 @@ class Trajectory:
 
         Args:
             state: that run's.
-            plans: of all layers, the same in both runs.
             path: of the file that they will be merged into.
             num_examples: length of the dataset.
             store_id: of the run.
@@ -215,9 +218,8 @@ class Trajectory:
             if not writer.partial_path.exists():
                 lost.append(entry["epoch"])
                 continue
-            positions = entry["positions"].items()
-            own = {name: replace(plans[name], positions=number) for name, number in positions}
-            epoch = EpochRows(entry["epoch"], writer, own, entry["weights"], entry["facts"])
+            plans = {name: LayerPlan.of_builtins(values) for name, values in entry["plans"].items()}
+            epoch = EpochRows(entry["epoch"], writer, plans, entry["weights"], entry["facts"])
             if self._processes.is_first:
                 epoch.join()
             self.epochs.append(epoch)
@@ -241,21 +243,36 @@ class Trajectory:
     def _plans(self) -> Mapping[str, LayerPlan]:
         return self.epochs[-1].plans if self.epochs else {}
 
+    @property
+    def without_weight(self) -> list[str]:
+        """Layers of the last epoch that learnt in no epoch that is there: they are left out of the merged rows."""
+        return [name for name in self._plans if not sum(self._weights_of(name))]
+
+    @property
+    def not_in_the_last(self) -> list[str]:
+        """Layers that were trained in an earlier epoch only, which are left out too."""
+        return sorted({name for epoch in self.epochs for name in epoch.plans} - set(self._plans))
+
+    def _weights_of(self, name: str) -> list[float]:
+        """Each epoch's; 0 where the layer was not trained, or was another matrix."""
+        plan = self._plans[name]
+        return [epoch.weights[name] if epoch.has(name, plan) else 0.0 for epoch in self.epochs]
+
     def _weights(self) -> dict[str, list[float]]:
         """By layer, each epoch's share of the sum."""
         if not self.epochs:
             raise CaptureError("There are no captured epochs to merge.")
-        shares = {}
-        for name in self._plans:
-            weights = [epoch.weights.get(name, 0.0) for epoch in self.epochs]
-            total = sum(weights)
-            if not 0 < total < math.inf:
-                raise CaptureError(
-                    f"The learning rates of layer {name!r} in epochs {[e.epoch for e in self.epochs]} are "
-                    f"{weights}, which gives epochs no weights; "
-                    'pass `trajectory="segments"`, which keeps epochs apart.'
-                )
-            shares[name] = [weight / total for weight in weights]
+        weights = {name: self._weights_of(name) for name in self._plans}
+        shares = {
+            name: [weight / sum(own) for weight in own] for name, own in weights.items() if 0 < sum(own) < math.inf
+        }
+        if not shares or not all(math.isfinite(sum(own)) for own in weights.values()):
+            name, own = next((n, w) for n, w in weights.items() if n not in shares)
+            raise CaptureError(
+                f"The learning rates of layer {name!r} in epochs {[e.epoch for e in self.epochs]} are "
+                f"{own}, which gives epochs no weights; "
+                'pass `trajectory="segments"`, which keeps epochs apart.'
+            )
         return shares
 
     def _basis(self, name: str) -> Eigenbasis:
@@ -269,18 +286,22 @@ class Trajectory:
         self, name: str, basis: Eigenbasis, sample: np.ndarray, examples: Examples, weights: list[float]
     ) -> Tensor:
         """Mean squared coordinates of the sampled examples' gradients, averaged over epochs."""
-        total = torch.zeros(basis.shape)
-        for number, share in enumerate(weights):
-            times = examples.times(number, sample)
-            seen = np.repeat(sample, times)
-            if share and len(seen):
-                total += second_moment_sum(self.epochs[number].read(name, seen), basis) * (share / len(seen))
+        o, i = basis.shape
+        if self._plans[name].codec == "dense":  # each is rotated whole
+            affordable = SAMPLED_PRODUCTS // (o * i * (o + i) * len(self.epochs))
+            sample = sample[: max(SAMPLED_AT_LEAST, affordable)]
+        total, step = torch.zeros(basis.shape), self._chunk_examples(name)
+        for epoch, times, share in zip(self.epochs, examples.times_of(sample), weights, strict=True):
+            seen = np.repeat(sample, times) if share else sample[:0]
+            for start in range(0, len(seen), step):
+                gradient = epoch.read(name, seen[start : start + step])
+                total += second_moment_sum(gradient, basis) * (share / len(seen))
         return total
 
     def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
         inputs, grads = [], []
-        is_dense = any(name in epoch.plans and epoch.plans[name].codec == "dense" for epoch in self.epochs)
+        is_dense = self._is_dense(name)
         dense = torch.zeros(len(rows) if is_dense else 0, *self._plans[name].shape)
         for epoch, times, share in zip(self.epochs, examples.times_of(rows), weights, strict=True):
             factors = torch.from_numpy(times * share).float()
@@ -303,14 +324,15 @@ class Trajectory:
             return DenseGradient(torch.zeros(len(rows), *self._plans[name].shape))
         return FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
 
-    def _chunk_examples(self) -> int:
-        """How many examples' gradients are added up at a time."""
-        most = 1
-        for plan in self._plans.values():
-            o, i = plan.shape
-            is_pairs = plan.codec == "pairs"
-            most = max(most, len(self.epochs) * plan.positions * (o + i) if is_pairs else 2 * o * i)
+    def _chunk_examples(self, name: str) -> int:
+        """How many examples' gradients of a layer are added up at a time."""
+        plan = self._plans[name]
+        o, i = plan.shape
+        most = 2 * o * i if self._is_dense(name) else len(self.epochs) * plan.positions * (o + i)
         return max(1, min(512, CHUNK_BYTES // (4 * most)))
+
+    def _is_dense(self, name: str) -> bool:
+        return any(name in epoch.plans and epoch.plans[name].codec == "dense" for epoch in self.epochs)
 
     def _agreement(
         self,
@@ -326,11 +348,19 @@ class Trajectory:
         scores = torch.zeros(2, len(asked_rows), len(sample))
         for name, layer in layers.items():
             inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping())
-            queries = self.epochs[-1].read(name, asked_rows)
-            asked = layer.basis.rotate(queries) * inverse
-            rows = self._summed(name, sample, examples, weights[name])
-            stored = layer.codec.scores(layer.codec.project(asked, layer.basis), layer.codec.encode(rows))
-            scores += torch.stack([stored, inner_products(rows, layer.basis.rotate_back(asked))])
+            step = self._chunk_examples(name)
+            asked = torch.cat(
+                [
+                    layer.basis.rotate(self.epochs[-1].read(name, asked_rows[start : start + step])) * inverse
+                    for start in range(0, len(asked_rows), step)
+                ]
+            )
+            projected, back = layer.codec.project(asked, layer.basis), layer.basis.rotate_back(asked)
+            for start in range(0, len(sample), step):
+                part = slice(start, start + step)
+                rows = self._summed(name, sample[part], examples, weights[name])
+                scores[0, :, part] += layer.codec.scores(projected, layer.codec.encode(rows))
+                scores[1, :, part] += inner_products(rows, back)
         others = ~torch.eye(len(asked_rows), len(sample), dtype=torch.bool)  # a query's own row is no news
         stored, exact = (each[others].view(len(asked_rows), -1) for each in scores)
         return mean_rank_correlation(stored, exact)

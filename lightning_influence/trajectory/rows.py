@@ -38,6 +38,11 @@ class EpochRows:
         """A layer's gradients of some examples; zeros where it has none."""
         return self.plans[name].codec_without_basis().decode_gradient(self.arrays(name, rows))
 
+    def has(self, name: str, plan: LayerPlan) -> bool:
+        """Whether there are gradients of this very matrix of parameters (a bias may have been frozen since)."""
+        own = self.plans.get(name)
+        return own is not None and (own.shape, own.structure) == (plan.shape, plan.structure)
+
     def arrays(self, name: str, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """What is stored of some examples; of neighbours it is read at once."""
         is_range = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())

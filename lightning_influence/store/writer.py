@@ -227,8 +227,9 @@ class StoreWriter:
         if "written" in columns:
             raise ValueError("column 'written' is set by `write_rows`; do not pass it.")
         values = {f"rows/{name}": np.asarray(column) for name, column in columns.items()}
-        for layer, named in arrays.items():
-            values |= {f"layers/{layer}/rows/{name}": array for name, array in named.items()}
+        values |= {
+            f"layers/{layer}/rows/{name}": a for layer, named in arrays.items() for name, a in named.items()
+        }
         for name, value in values.items():
             if name not in self._rows:
                 raise ValueError(f"no dataset {name!r} in {self.partial_path}; has {[*self._rows]}.")
@@ -236,15 +237,15 @@ class StoreWriter:
 
         # NumPy promises no order among repeated indices, so repeats are dropped here.
         unique, from_end, counts = np.unique(indices[::-1], return_index=True, return_counts=True)
-        unique = unique if len(unique) < len(indices) else indices  # which need no copies of the values
-        if unique is not indices:
-            values = {name: value[len(indices) - 1 - from_end] for name, value in values.items()}
-        self._rows["rows/written"][unique] = 0  # a process that dies here leaves no row half old, half new
+        if len(unique) < len(indices):  # otherwise the values need no copies
+            indices, last = unique, len(indices) - 1 - from_end
+            values = {name: value[last] for name, value in values.items()}
+        self._rows["rows/written"][indices] = 0  # a process that dies here leaves no row half old, half new
         for name, value in values.items():
-            self._rows[name][unique] = value
+            self._rows[name][indices] = value
         if "occurrences" not in columns:
-            self._rows["rows/occurrences"][unique] += counts
-        self._rows["rows/written"][unique] = 1
+            self._rows["rows/occurrences"][indices] += counts
+        self._rows["rows/written"][indices] = 1
 
     def read_rows(self, layer: str, indices: slice | np.ndarray) -> dict[str, np.ndarray]:
         """Copies of some of one layer's rows, by array name, each of shape [n, ...].

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.weights import weights_hash
+from lightning_influence.layers import TrackedLayer
 from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
@@ -35,7 +36,7 @@ class EpochCapture:
         model: in training.
         options: what the user asked for.
         processes: that train together; the first one writes what is not rows.
-        rates: of the layers.
+        layers: that are tracked.
 
     Attributes:
         recorder: of the rows; None until it is known how layers are stored.
@@ -47,11 +48,12 @@ class EpochCapture:
         model: LightningModule,
         options: CaptureOptions,
         processes: Processes,
-        rates: LayerRates,
+        layers: Mapping[str, TrackedLayer],
     ) -> None:
         self.recorder: Recorder | None = None
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
-        self._staleness, self._rates = StalenessProbe(), rates
+        self._staleness = StalenessProbe()
+        self._rates = LayerRates(trainer, layers, is_wanted=options.merges)
         self._batches = 0
         self._is_resumed = False
         self._attributes: dict[str, Any] = {"epoch": trainer.current_epoch, "step_start": trainer.global_step}

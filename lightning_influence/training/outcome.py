@@ -47,7 +47,6 @@ class Outcome:
         store_id: str,
         schedule: CaptureSchedule,
         processes: Processes,
-        *,
         is_resumed: bool,
     ) -> None:
         self.finished_epoch: int | None = None

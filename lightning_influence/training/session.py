@@ -28,7 +28,7 @@ from lightning_influence.training.outcome import Outcome
 from lightning_influence.training.planning import agree_on_plans
 from lightning_influence.training.resume import Resumption, resume_path
 from lightning_influence.training.schedule import CaptureSchedule
-from lightning_influence.training.surroundings import LayerRates, check_supported, has_exact_average, processes_of
+from lightning_influence.training.surroundings import check_supported, has_exact_average, processes_of
 
 CHECKED_SHARE = 0.1  # of the captured batches after the first, at random: nothing periodic slips through
 CHECKED_SHARE_OF_OTHERS = 0.02  # in the epochs that are merged with one that was checked so
@@ -102,9 +102,8 @@ class CaptureSession:
         if not has_exact_average(self.trainer):
             report.warn_of_no_check()
         self._batches.processes = self.processes
-        self._final_rows = (
-            FinalRows(self.trainer, self.model, self.options) if self.options.rows == "final" else None
-        )
+        if self.options.rows == "final":
+            self._final_rows = FinalRows(self.trainer, self.model, self.options)
         if self._final_rows is not None or self.options.merges:
             warn_of_order(self.trainer, callback)
         self._indices.install(self.trainer)
@@ -118,9 +117,7 @@ class CaptureSession:
         options = self.options
         self._schedule = CaptureSchedule(self.trainer, options.epochs, options.rows, merges=options.merges)
         is_resumed = self._resumption.is_wanted
-        self._outcome = Outcome(
-            options, self.path, self.store_id, self._schedule, self.processes, is_resumed=is_resumed
-        )
+        self._outcome = Outcome(options, self.path, self.store_id, self._schedule, self.processes, is_resumed)
         if is_resumed:
             self._resumption.load(self._resume_path, step=self.trainer.global_step, processes=self.processes)
         self._outcome.resume(self._resumption, self.trainer.current_epoch)
@@ -156,7 +153,8 @@ class CaptureSession:
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._batches.track()
             self._plans, self._bases = {}, BasisPreparation(self.options.covariance_positions)
-        if self._plans and self._batches.tracking.is_verified and not self._wants_gradients():
+        is_wanted = self._records_rows or self._prepares_bases or not self._plans or self._watches_rows
+        if not is_wanted and self._batches.tracking.is_verified:
             self._skips_rest = self._is_epoch_whole = True
             self._batches.disarm()
             self._indices.skip_rest()
@@ -171,9 +169,8 @@ class CaptureSession:
                 return
         if self._records_rows:
             if self._capture is None:
-                layers, merges = self._batches.tracking.layers, self.options.merges
-                rates = LayerRates(self.trainer, layers, is_wanted=merges)
-                self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes, rates)
+                layers = self._batches.tracking.layers
+                self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes, layers)
                 if not self._is_unmixed:
                     self._batches.keep(batch, len(rows))
             self._capture.see(batch, rows, batch_idx)
@@ -303,9 +300,6 @@ class CaptureSession:
     def _prepares_bases(self) -> bool:
         return self._is_for_bases and any(plan.needs_basis for plan in self._plans.values())
 
-    def _wants_gradients(self) -> bool:
-        return self._records_rows or self._prepares_bases or not self._plans or self._watches_rows
-
     def _wanted(self) -> Wanted:
         """Of the batch that is being captured."""
         recorder = self._capture.recorder if self._capture is not None else None
@@ -340,8 +334,8 @@ class CaptureSession:
             if self._normalizations is None:  # said once
                 self._normalizations = report.normalizations_over_the_batch(self.model)
                 report.warn_of_coupling(self._normalizations)
-            num_examples = self._indices.num_examples
-            capture.recorder = self._outcome.recorder(self._plans, capture.epoch, num_examples, self._bases.bases)
+            examples, bases = self._indices.num_examples, self._bases.bases
+            capture.recorder = self._outcome.recorder(self._plans, capture.epoch, examples, bases)
         if self._resumption.is_within_epoch:
             capture.resume(self._resumption.take_capture(capture.epoch, self.path.parent, self.processes))
             with self.processes.together():
@@ -367,9 +361,8 @@ class CaptureSession:
         """After an epoch's last batch: the file, and bases for the next."""
         capture, processes = self._capture, self.processes
         if capture is not None and capture.recorder is not None:
-            self._outcome.end_epoch(
-                capture, self._batches.tracking, self._indices.datasets, is_whole=self._is_epoch_whole
-            )
+            tracking, datasets = self._batches.tracking, self._indices.datasets
+            self._outcome.end_epoch(capture, tracking, datasets, is_whole=self._is_epoch_whole)
             self._capture, self._resumption.capture = None, None
             with processes.together():
                 made = capture.next_bases() if processes.is_first else {}

@@ -165,7 +165,7 @@ class WithoutRate(Classifier):
 
 
 def test_unknown_learning_rates_are_refused_in_words(tmp_path):
-    with pytest.raises(UnsupportedTrainingError, match="learning rates, but that of layer 'layers.0' is None"):
+    with pytest.raises(UnsupportedTrainingError, match=r"learning rates, but that of layer 'layers.0' is None"):
         train(tmp_path, WithoutRate())
 
 

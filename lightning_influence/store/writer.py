@@ -222,14 +222,12 @@ class StoreWriter:
             ValueError: if an index, name, shape or dtype does not fit.
         """
         self._check_open()
-        indices = np.asarray(indices)
-        check_indices(indices, self.num_examples)
+        check_indices(indices := np.asarray(indices), self.num_examples)
         if "written" in columns:
             raise ValueError("column 'written' is set by `write_rows`; do not pass it.")
         values = {f"rows/{name}": np.asarray(column) for name, column in columns.items()}
-        values |= {
-            f"layers/{layer}/rows/{name}": a for layer, named in arrays.items() for name, a in named.items()
-        }
+        for layer, named in arrays.items():
+            values |= {f"layers/{layer}/rows/{name}": array for name, array in named.items()}
         for name, value in values.items():
             if name not in self._rows:
                 raise ValueError(f"no dataset {name!r} in {self.partial_path}; has {[*self._rows]}.")
@@ -237,9 +235,9 @@ class StoreWriter:
 
         # NumPy promises no order among repeated indices, so repeats are dropped here.
         unique, from_end, counts = np.unique(indices[::-1], return_index=True, return_counts=True)
-        if len(unique) < len(indices):  # otherwise the values need no copies
-            indices, last = unique, len(indices) - 1 - from_end
-            values = {name: value[last] for name, value in values.items()}
+        if len(unique) < len(indices):
+            values = {name: value[len(indices) - 1 - from_end] for name, value in values.items()}
+            indices = unique
         self._rows["rows/written"][indices] = 0  # a process that dies here leaves no row half old, half new
         for name, value in values.items():
             self._rows[name][indices] = value

@@ -186,16 +186,28 @@ def select_coordinates(
         >>> chosen["a"][0].tolist()
         [0]
     """
-    budget, damped = _budget(len(Lambdas), bytes_per_example, bits), _damped(Lambdas)
+    damped, signal = _damped(Lambdas), _signal(Lambdas)
+    count = _budget(len(Lambdas), bytes_per_example, bits)
+    kept = _largest(signal, count)
+    while count > 1 and (over := sum(_row_bytes(len(k), bits) for k in kept.values()) - bytes_per_example) > 0:
+        count = max(1, count - max(1, int(over / BYTES_PER_COORDINATE[bits])))
+        kept = _largest(signal, count)
     chosen = {}
-    for name, coordinates in _largest(_signal(Lambdas), budget).items():
+    for name, coordinates in kept.items():
         whitening = damped[name].flatten()[coordinates].sqrt()
         chosen[name] = (coordinates, whitening.where(whitening > 0, 1))
     return chosen
 
 
+def _row_bytes(k: int, bits: int) -> int:
+    """What k coordinates of a layer take."""
+    if bits == 8:
+        return k + 4 * group_count(k)
+    return rotated_group_count(k) * (ROTATED_GROUP * bits // 8 + 4)
+
+
 def _budget(layers: int, bytes_per_example: int, bits: int) -> int:
-    """Coordinates that fit, when the last group of each layer is half full."""
+    """Coordinates that about fit, when the last group of each layer is half full."""
     per_layer = 4 if bits == 8 else ROTATED_GROUP // 2 * bits / 8
     return max(1, int((bytes_per_example - per_layer * layers) / BYTES_PER_COORDINATE[bits]))
 

@@ -375,13 +375,17 @@ def test_selection_respects_the_budget_and_every_layer(
         assert bool((whitening > 0).all())
 
 
-def test_rows_of_many_layers_stay_within_the_budget() -> None:
+@pytest.mark.parametrize("budget", [1000, 4096, 8192])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_rows_of_many_layers_stay_within_the_budget(bits: int, budget: int) -> None:
     Lambdas = {
         str(number): torch.rand(40, 50, generator=torch.Generator().manual_seed(number)) for number in range(6)
     }
-    chosen = select_coordinates(Lambdas, 8192)
-    nbytes = sum(len(c) + 4 * -(-len(c) // 64) for c, _ in chosen.values())
-    assert 8192 - 64 < nbytes <= 8192
+    chosen = select_coordinates(Lambdas, budget, bits)
+    one = eigenbasis(torch.eye(50), torch.eye(40))
+    nbytes = sum(EigenCodec(one, *selected, bits).bytes_per_row for selected in chosen.values())
+    everything = 6 * EigenCodec(one, torch.arange(2000), torch.ones(2000), bits).bytes_per_row
+    assert min(0.8 * budget, everything) <= nbytes <= budget
 
 
 def test_selection_puts_the_most_important_first() -> None:

@@ -38,7 +38,7 @@ class CoordinateSelection:
 
     def of(self, gradient: LayerGradient) -> Tensor:
         """The coordinates of each example, shape [n, k]."""
-        if isinstance(gradient, RowGradient) and self._Q_S is None and not self._is_grouped:
+        if not self._is_grouped and isinstance(gradient, RowGradient) and self._Q_S is None:
             return self._of_rows(gradient)
         found = self.basis.eigenvalues_A.new_empty(len(gradient), len(self.kept))
         if self._is_grouped:

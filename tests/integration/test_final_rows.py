@@ -216,7 +216,7 @@ def test_after_weight_averaging_rows_are_of_the_averaged_weights(tmp_path: Path)
 
 
 def test_before_weight_averaging_the_order_of_callbacks_is_a_warning(tmp_path: Path) -> None:
-    said = "StochasticWeightAveraging replaces the weights after.*put InfluenceCallback after it"
+    said = "StochasticWeightAveraging replaces the weights when training ends.*put InfluenceCallback after it"
     with pytest.warns(UserWarning, match=said):
         train(tmp_path, Decaying(), averaging(), max_epochs=3)
 

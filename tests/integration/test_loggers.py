@@ -90,7 +90,7 @@ def test_a_logger_shows_the_metrics_with_their_units(tmp_path: Path, kind: type[
 @pytest.mark.parametrize("kind", READERS)
 def test_each_captured_epoch_is_logged_at_its_step(tmp_path: Path, kind: type[Logger]) -> None:
     logger = make(kind, tmp_path)
-    path = train(tmp_path, logger, epochs="every", max_epochs=3)
+    path = train(tmp_path, logger, epochs="every", trajectory="segments", max_epochs=3)
     found = READERS[kind](logger)
     assert list(found) == [2, 4, 6]
     for epoch, step in enumerate(found):

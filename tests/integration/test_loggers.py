@@ -33,7 +33,7 @@ NAMES = {
 
 def train(folder: Path, logger: Any, **options: Any) -> Path:
     """Train on 8 of 10 examples; the path of the file."""
-    own = {name: options.pop(name) for name in ("epochs", "rows") if name in options}
+    own = {name: options.pop(name) for name in ("epochs", "rows", "trajectory") if name in options}
     path = folder / "influence.h5"
     fit(folder, Classifier(), loader(drop_last=True), InfluenceCallback(path, **own), logger=logger, **options)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_influence.errors import CaptureError, LayerError, UnsupportedTrai
 from lightning_influence.store import StoreReader
 from lightning_influence.trajectory import EpochRows, Trajectory
 from tests.integration.lifecycle_models import Classifier, loader, make_trainer
+from tests.integration.models import stored_gradients
 from tests.integration.test_trajectory import EPOCHS, Breaking, Decaying, train
 
 READ_BYTES = 64 * 2**20  # of float32 gradients at a time, as elsewhere
@@ -256,6 +258,29 @@ def test_sums_of_an_interrupted_run_are_no_segment_of_a_resumed_one(tmp_path):
     reader = StoreReader(run(tmp_path, Decaying(), after=6, trajectory="segments"))
     kinds = [reader.segment(number).attributes.get("trajectory") for number in reader.segments]
     assert "merge" not in kinds
+
+
+# --- several processes -------------------------------------------------------------------------------
+
+
+class Still(Classifier):
+    """Hardly learns, so that the order of the data does not matter."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=1e-9)
+
+
+@pytest.mark.ddp
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_two_processes_merge_into_the_file_of_one(tmp_path):
+    alone = train(tmp_path / "one", Still())
+    together = train(tmp_path / "two", Still(), strategy="ddp_fork", devices=2)
+    assert merged(together) == merged(alone) == [0, 1, 2, 3]
+    assert StoreReader(together).column("occurrences").tolist() == [EPOCHS] * 10
+    ours, theirs = stored_gradients(together), stored_gradients(alone)
+    for name, rows in ours.items():  # each rounded to 8 bits, in bases that rounding turned
+        torch.testing.assert_close(rows, theirs[name], rtol=0, atol=0.02 * float(rows.abs().max()))
+    assert not left_over(tmp_path / "two")
 
 
 # --- failures ----------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class TrajectoryCapture:
                 f"{self._trajectory.epochs[0].writer.num_examples} in epoch {others[0]}: rows of one index may be "
                 'of several examples; pass `trajectory="segments"` or `epochs="last"`.'
             )
-        positions = min(max(1, plan.positions) for plan in plans.values())
+        rotated = [plan.positions for plan in plans.values() if not plan.structure.is_diagonal]
+        positions = max(1, min(rotated, default=1))
         stride = num_examples * self._num_epochs * positions // COVARIANCE_EXAMPLES
         return Recorder(
             epoch_writer(self._path, epoch, num_examples=num_examples, store_id=self._store_id),

@@ -109,8 +109,8 @@ def warn_of_losses(agreement: Agreement, codecs: Collection[str], normalizations
             advice.append('bring the inputs to one scale, or pass `codec="pairs-float16"`')
         rank_zero_warn(
             f"InfluenceCallback: the stored rows are coarse (Spearman {agreement.codec:.3f} with exact "
-            f"gradients, below {COARSE_BELOW}). What helps: {'; '.join(advice) or 'a finer codec'}. Scores that are "
-            "summed over many examples lose less."
+            f"gradients, below {COARSE_BELOW}). What helps: {'; '.join(advice) or 'a finer codec'}. Scores "
+            "that are summed over many examples lose less."
         )
     if agreement.staleness < STALE_BELOW:
         cause = (

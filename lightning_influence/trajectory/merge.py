@@ -43,7 +43,7 @@ from lightning_influence.store import StoreWriter
 from lightning_influence.trajectory.examples import Examples
 from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 
-CHUNK_BYTES = 8 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
+CHUNK_BYTES = 4 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 SAMPLES = 1024  # gradients, of all epochs together, of which Lambda is made
 SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
 SAMPLED_PRODUCTS = 5 * 10**10  # multiply-adds for a layer's Lambda, of gradients that are no pairs

@@ -158,11 +158,12 @@ def choose_bits(Lambdas: Mapping[str, Tensor], bytes_per_example: int) -> int:
         Lambdas: as for `select_coordinates`.
         bytes_per_example: likewise.
     """
-    signal = torch.cat([values.flatten() for values in _signal(Lambdas).values()])
-    sums = signal.square().sort(descending=True).values.cumsum(0)
+    signal = _signal(Lambdas)
 
     def kept(bits: int) -> float:
-        return (1 - LOST[bits]) * float(sums[min(_budget(len(Lambdas), bytes_per_example, bits), len(sums)) - 1])
+        chosen = select_coordinates(Lambdas, bytes_per_example, bits)
+        squares = (float(signal[name].flatten()[places].square().sum()) for name, (places, _) in chosen.items())
+        return (1 - LOST[bits]) * sum(squares)
 
     return max(BYTES_PER_COORDINATE, key=kept)
 

@@ -6,7 +6,7 @@ which images taught the model its answer to a test image, which labels are wrong
 happened without some images. The last answer is compared with what does happen: we retrain.
 In a second part the same is asked of a file into which every epoch's gradients were merged.
 
-Writes `digits.png` and `digits_trajectory.png`. Takes about two minutes on 2 cores. Needs
+Writes `digits.png`, `digits_trajectory.png` and `digits_over_time.png`. Takes about two minutes on 2 cores. Needs
 `pip install lightning-influence[examples]`.
 """
 
@@ -342,6 +342,28 @@ for side, (name, file) in zip(sides, files.items(), strict=True):
 both = args.output.with_stem(f"{args.output.stem}_trajectory")
 figure.savefig(both, dpi=110)
 print(f"\nThe picture is in {both}.")
+
+# %%
+# Influence over time
+# -------------------
+# Kept apart as segments, the epochs show when an image had its say: by its gradient in that epoch, and for the
+# query as the final model sees it.
+
+segments_path = f"{workdir.name}/segments.h5"
+fit(InfluenceCallback(segments_path, epochs=2, trajectory="segments"))
+by_epoch = InfluenceModule.attach(influence.model, segments_path).scores_by_segment(queries, damping=DAMPING)
+figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+for found, color in ((proponents, BLUE), (opponents, RED)):
+    for index in found.indices[0, :3].tolist():
+        values = [float(scores[0, index]) for scores in by_epoch.values()]
+        label = f"image {index}, {'wrong ' if is_flipped[index] else ''}label {train[index][1]}"
+        axis.plot(list(by_epoch), values, marker="o", color=color, alpha=0.7, label=label)
+axis.axhline(0, color="lightgray", zorder=1)
+axis.set(xlabel="epoch", ylabel="score", title=f"Test image that is {queries[1][0]}, read as {answers[0]}")
+axis.legend(fontsize=8, frameon=False)
+over_time = args.output.with_stem(f"{args.output.stem}_over_time")
+figure.savefig(over_time, dpi=110)
+print(f"\nInfluence over time is in {over_time}.")
 
 # %%
 # What did it cost?

@@ -254,8 +254,10 @@ class InfluenceCallback(Callback):
         """Leave no hook and no unfinished file that no checkpoint needs (Lightning calls no `teardown` here)."""
         if saves_on_exception(trainer):  # after us, as Lightning orders callbacks
             self._save_for_resume()
-        self._merge_what_there_is()
-        self._close()
+        try:
+            self._merge_what_there_is()
+        finally:
+            self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave everything as it was."""

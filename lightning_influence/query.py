@@ -174,7 +174,8 @@ class InfluenceQuery:
         The first-order estimate -sum_m c[m] score[q, m] / sum_n c[n] with c how often the captured
         epoch trained on each example (Koh & Liang 2017, arXiv:1703.04730, where c is 1), in the
         measurement's units. So an example that was seen twice is removed twice. Of several segments
-        it is the weighted mean of their estimates, each with its own c.
+        it is the weighted mean of their estimates, each with its own c. Rows that are merged from E epochs
+        have c in their sums already: -sum_m score[q, m] E / sum_n c[n].
 
         Args:
             queries: as in `scores`.
@@ -200,9 +201,17 @@ class InfluenceQuery:
 
         def shares(each: InfluenceQuery) -> dict[str, Tensor]:
             scores = each._own_scores(queries, kind, rule, lambda name: "")[""]
-            return {"": scores * each._occurrences / each._occurrences.sum()}
+            return {"": scores * each._removal_shares}
 
         return -self._summed(segments, shares)[""][:, chosen].sum(1)
+
+    @property
+    def _removal_shares(self) -> Tensor:
+        """What an example's score counts for its removal, [N] or []."""
+        total = self._occurrences.sum()
+        if self.store.attributes.get("trajectory") == "merge":
+            return torch.tensor(float(self.store.attributes["epochs_merged"])) / total
+        return self._occurrences / total
 
     def _summed(
         self, segments: Segments, answer: Callable[[InfluenceQuery], dict[str, Tensor]]

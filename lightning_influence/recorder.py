@@ -49,7 +49,8 @@ class Recorder:
         bytes_per_example: budget of the eigen codec over all its layers.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
-        covariance_stride: every how many-th block enters them, at random with a seed; the first one always does.
+        covariance_stride: every how many-th block enters those of layers whose rows need no basis, at random
+            with a seed; the first one always does.
         block_examples: how many are gathered before they are written; None for a thousand.
         processes: that record together.
 

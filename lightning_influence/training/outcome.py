@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from lightning_influence.training.resume import Resumption, is_file_of
 from lightning_influence.training.schedule import CaptureSchedule
 from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.tracking import LayerTracking
+
+logger = logging.getLogger(__name__)
 
 
 class Outcome:
@@ -51,6 +54,7 @@ class Outcome:
     ) -> None:
         self.finished_epoch: int | None = None
         self.agreement = Agreement()
+        self._has_merged = False  # or has begun to
         self.trajectory = TrajectoryCapture(options, path, store_id, processes, schedule.count())
         self._options, self._path, self._store_id = options, path, store_id
         self._schedule, self._processes, self._is_resumed = schedule, processes, is_resumed
@@ -135,8 +139,10 @@ class Outcome:
     def give_up(self, trainer: Trainer) -> None:
         """After a failure of ours, merge the whole epochs, for the weights at the end of the last one."""
         try:
-            if self._processes.is_alone and self.finished_epoch is None:
+            if self._processes.is_alone and not self._has_merged:  # not again what has just failed
                 self.merge(trainer, None)
+        except Exception as error:  # the first failure is the one to be told
+            logger.debug("whole epochs could not be merged", exc_info=error)
         finally:
             self.trajectory.close(keeps_rows=False)
 
@@ -148,4 +154,5 @@ class Outcome:
             model: at the weights that the file is for; None: those at the end of the last captured epoch.
         """
         if self.trajectory.epochs:
+            self._has_merged = True
             self.finished_epoch, self.agreement = self.trajectory.write(trainer, model)

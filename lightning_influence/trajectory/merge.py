@@ -115,7 +115,7 @@ class Trajectory:
             self.epochs.append(rows)
 
     def merge(self, writer: StoreWriter, *, bytes_per_example: int) -> Merged:
-        """Make and write one row an example; `write` of the writer's file ends it.
+        """Make and write one row an example; `finish` puts the file into place.
 
         Args:
             writer: of the file, new.
@@ -194,8 +194,8 @@ class Trajectory:
         *,
         num_examples: int,
         store_id: str,
-    ) -> list[int]:
-        """Go on with the rows that an earlier run has left, in all processes.
+    ) -> None:
+        """Go on with the rows that an earlier run has left, as far as they are there, in all processes.
 
         Args:
             state: that run's.
@@ -203,27 +203,21 @@ class Trajectory:
             num_examples: length of the dataset.
             store_id: of the run.
 
-        Returns:
-            Epochs whose rows are not there any more.
-
         Raises:
             StoreError: if a file is of another run or layout.
         """
         self._covariances = {name: list(sums) for name, sums in state["covariances"].items()}
         self._covariance_weights = dict(state["covariance_weights"])
-        lost = []
         for entry in state["epochs"]:
             writer = epoch_writer(path, entry["epoch"], num_examples=num_examples, store_id=store_id)
             writer.partial_path = path.with_name(entry["unfinished"])
             if not writer.partial_path.exists():
-                lost.append(entry["epoch"])
                 continue
             plans = {name: LayerPlan.of_builtins(values) for name, values in entry["plans"].items()}
             epoch = EpochRows(entry["epoch"], writer, plans, entry["weights"], entry["facts"])
             if self._processes.is_first:
                 epoch.join()
             self.epochs.append(epoch)
-        return lost
 
     def suspend(self) -> None:
         """Leave the epochs' rows on disk for a resumed run; nothing may be added or merged any more."""
@@ -285,18 +279,19 @@ class Trajectory:
     def _mean_squares(
         self, name: str, basis: Eigenbasis, sample: np.ndarray, examples: Examples, weights: list[float]
     ) -> Tensor:
-        """Mean squared coordinates of the sampled examples' gradients, averaged over epochs."""
+        """Mean squared coordinates of the sampled examples' gradients, averaged over the epochs that saw any."""
         o, i = basis.shape
         if self._plans[name].codec == "dense":  # each is rotated whole
             affordable = SAMPLED_PRODUCTS // (o * i * (o + i) * len(self.epochs))
             sample = sample[: max(SAMPLED_AT_LEAST, affordable)]
-        total, step = torch.zeros(basis.shape), self._chunk_examples(name)
+        total, step, shares = torch.zeros(basis.shape), self._chunk_examples(name), 0.0
         for epoch, times, share in zip(self.epochs, examples.times_of(sample), weights, strict=True):
             seen = np.repeat(sample, times) if share else sample[:0]
+            shares += share if len(seen) else 0.0
             for start in range(0, len(seen), step):
                 gradient = epoch.read(name, seen[start : start + step])
                 total += second_moment_sum(gradient, basis) * (share / len(seen))
-        return total
+        return total / shares if shares else total
 
     def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""

@@ -15,13 +15,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.errors import CaptureError, LayerError, UnsupportedTrainingError
 from lightning_influence.store import StoreReader
+from lightning_influence.training.epoch import EpochCapture
 from lightning_influence.trajectory import EpochRows, Trajectory
-from tests.integration.lifecycle_models import Classifier, loader, make_trainer
+from tests.integration.lifecycle_models import Classifier, dataset, loader, make_trainer
 from tests.integration.models import stored_gradients
 from tests.integration.test_trajectory import EPOCHS, Breaking, Decaying, train
 
@@ -260,6 +261,23 @@ def test_sums_of_an_interrupted_run_are_no_segment_of_a_resumed_one(tmp_path):
     assert "merge" not in kinds
 
 
+# --- what is asked of the file -----------------------------------------------------------------------
+
+
+def test_examples_that_were_drawn_twice_are_removed_twice_and_not_four_times(tmp_path):
+    sampler = RandomSampler(dataset(), replacement=True, num_samples=20)
+    model = Decaying()
+    path = train(tmp_path, model, DataLoader(dataset(), 4, sampler=sampler))
+    influence = InfluenceModule.attach(model, path)
+    occurrences = influence.store.column("occurrences")
+    assert occurrences.sum() == 20 * EPOCHS
+    assert len(set(occurrences.tolist())) > 1
+    queries, removed = dataset()[:2], np.flatnonzero(occurrences)[:3]
+    scores = influence.scores(queries)[:, removed]  # of rows in which each draw has its part
+    expected = -scores.sum(1) / 20  # draws of an epoch
+    torch.testing.assert_close(influence.removal_effect(queries, removed), expected)
+
+
 # --- several processes -------------------------------------------------------------------------------
 
 
@@ -297,6 +315,30 @@ class Diverging(Decaying):
 @pytest.mark.filterwarnings("ignore:InfluenceCallback has stopped capturing")
 def test_an_epoch_that_fails_does_not_cost_the_whole_ones_before_it(tmp_path):
     assert merged(train(tmp_path, Diverging(), influence={"on_error": "warn"})) == [0, 1, 2]
+
+
+def test_a_merge_that_fails_does_not_end_training(tmp_path):
+    model = Classifier(learning_rate=0.0)
+    with pytest.warns(UserWarning, match="training goes on. CaptureError: The learning"):
+        train(tmp_path, model, influence={"on_error": "warn"})
+    assert model.trainer.state.finished
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_epoch_that_fails_late_does_not_end_training_nor_cost_the_others(tmp_path, monkeypatch):
+    original = EpochCapture.add
+
+    def failing(self: Any, *args: Any, **options: Any) -> Any:
+        if self.epoch == 2:
+            raise OSError("no space left on device")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(EpochCapture, "add", failing)
+    model = Decaying()
+    with pytest.warns(UserWarning, match="training goes on. OSError: no space left"):
+        path = train(tmp_path, model, influence={"on_error": "warn"})
+    assert model.trainer.state.finished
+    assert merged(path) == [0, 1]
 
 
 @pytest.mark.parametrize(

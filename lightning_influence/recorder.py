@@ -21,9 +21,9 @@ from lightning_influence.blocks import Block, Spool
 from lightning_influence.errors import CaptureError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
-from lightning_influence.gradients import Coordinates, LayerGradient
+from lightning_influence.gradients import Coordinates, EncodedGradient, LayerGradient
 from lightning_influence.layer_plan import LayerPlan, check_gradients
-from lightning_influence.layer_record import EigenRecord, describe_layers
+from lightning_influence.layer_record import EigenRecord, LayerRecord, describe_layers
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.row_file import RecordedCounts, RowFile
 from lightning_influence.scoring import ScoredLayer
@@ -51,7 +51,7 @@ class Recorder:
         covariance_positions: how many positions of each example enter the covariances; None for all.
         covariance_stride: every how many-th block enters those of layers whose rows need no basis, at random
             with a seed; the first one always does.
-        block_examples: how many are gathered before they are written; None for a thousand.
+        at_once: encode each step's gradients as soon as there are any, and gather no blocks.
         processes: that record together.
 
     Attributes:
@@ -68,13 +68,14 @@ class Recorder:
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
         covariance_stride: int = 1,
-        block_examples: int | None = None,
+        at_once: bool = False,
         processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
         self._stride, self._random = covariance_stride, random.Random(writer.segment)
         self._blocks_to_skip = 0  # before the next whose covariances are summed
-        self._block_examples = block_examples or BLOCK_EXAMPLES
+        self._at_once = at_once
+        self._block_examples = 1 if at_once else BLOCK_EXAMPLES
         self.writer = writer
         self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
@@ -150,17 +151,27 @@ class Recorder:
 
     @property
     def reduced_layers(self) -> frozenset[str]:
-        """Layers of which `reduce` takes a part; for these it may be called as soon as there are gradients."""
-        return frozenset(name for name, record in self._rows.records.items() if isinstance(record, EigenRecord))
+        """Layers of which `reduce` makes less; for these it may be called as soon as there are gradients."""
+        records = self._rows.records.items()
+        return frozenset(name for name, record in records if self._at_once or isinstance(record, EigenRecord))
 
     def reduce(self, name: str, gradient: LayerGradient) -> LayerGradient:
         """What rows will need of a layer's gradients, once it is known; call it once for each step."""
         record = self._rows.records.get(name)
-        if not isinstance(record, EigenRecord) or isinstance(gradient, Coordinates):
+        if isinstance(gradient, Coordinates | EncodedGradient) or record is None:
             return gradient
+        if not isinstance(record, EigenRecord):
+            return self._encoded(name, gradient, record) if self._at_once else gradient
         if name in self.covariances:
             self.covariances[name].to(gradient.device).update(gradient.finite())
         return record.reduce(gradient)
+
+    def _encoded(self, name: str, gradient: LayerGradient, record: LayerRecord) -> EncodedGradient:
+        check_gradients({name: self.plans[name]}, {name: gradient})
+        finite = gradient.is_finite()
+        if name in self.covariances and not self._blocks_to_skip:
+            self.covariances[name].to(gradient.device).update(gradient if finite.all() else gradient[finite])
+        return EncodedGradient(record.add(gradient), finite, gradient.shape)
 
     def next_bases(self) -> dict[str, Eigenbasis]:
         """Eigenbases of what was seen so far, for the layers with the eigen codec."""
@@ -335,7 +346,7 @@ class Recorder:
             return block
         self._blocks_to_skip = self._random.randrange(2 * self._stride - 1)
         for name, metric in self.covariances.items():
-            if not isinstance(block.gradients[name], Coordinates):
+            if not isinstance(block.gradients[name], Coordinates | EncodedGradient):
                 metric.to(block.device).update(block.gradients[name])
         return block
 

@@ -16,7 +16,7 @@ from lightning_influence.errors import CaptureError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis
-from lightning_influence.gradients import Coordinates
+from lightning_influence.gradients import Coordinates, EncodedGradient, LayerGradient
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.layer_record import EigenRecord, LayerRecord, RowsFirstRecord
 from lightning_influence.processes import Processes
@@ -143,10 +143,7 @@ class RowFile:
         if block is None:
             return
         gradients = block.gradients
-        arrays = {
-            name: _to_numpy(record.add(g if isinstance(g := gradients[name], Coordinates) else record.reduce(g)))
-            for name, record in self.records.items()
-        }
+        arrays = {name: _to_numpy(_encoded(record, gradients[name])) for name, record in self.records.items()}
         self._writer.write_rows(block.indices, columns=block.columns, arrays=arrays)
 
     def write_invalid(self, block: Block) -> None:
@@ -194,6 +191,12 @@ def _squares(name: str, basis: Eigenbasis, block: Block | None) -> Tensor:
 def specs(codec: Codec) -> dict[str, ArraySpec]:
     """The row arrays of a layer, as a writer takes them."""
     return {name: ArraySpec(shape, dtype) for name, (shape, dtype) in codec.arrays().items()}
+
+
+def _encoded(record: LayerRecord, gradient: LayerGradient) -> Mapping[str, Tensor]:
+    if isinstance(gradient, EncodedGradient):
+        return gradient.arrays
+    return record.add(gradient if isinstance(gradient, Coordinates) else record.reduce(gradient))
 
 
 def _to_numpy(arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -100,8 +100,8 @@ def _float16_products(gradient: FactoredGradient) -> dict[str, Tensor]:
     No entry is larger than |inputs| |output_grads|, so that their product becomes the largest number there is
     room for, and the sums need not be searched for their largest entry.
     """
-    norms = [factors.flatten(1).norm(dim=1) for factors in gradient.tensors]
-    scales = (norms[0] * norms[1] / FLOAT16_LARGEST).float()  # [n]
+    scales = (gradient.bounds / FLOAT16_LARGEST).float()  # [n]
     divisors = scales.where(scales > 0, 1)[:, None, None]
-    scaled = FactoredGradient(gradient.inputs, gradient.output_grads / divisors)
-    return {"values": scaled.dense().flatten(1).half(), "values_scales": scales.unsqueeze(1)}
+    inputs, output_grads = gradient.tensors
+    scaled = gradient.with_tensors([inputs, output_grads / divisors])
+    return {"values": scaled.dense(torch.float16).flatten(1), "values_scales": scales.unsqueeze(1)}

@@ -20,7 +20,7 @@ from lightning_influence.functional import quantize
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.products import inner_products, weighted_squares
 from lightning_influence.functional.quantize import RowDtype
-from lightning_influence.gradients import FactoredGradient, LayerGradient
+from lightning_influence.gradients import BiasedGradient, FactoredGradient, LayerGradient
 
 
 @register_codec
@@ -67,7 +67,8 @@ class PairsCodec(Codec):
             raise ValueError(f"{gradient.positions} positions, but rows were laid out for {self.positions}")
         if gradient.positions < self.positions:
             gradient = gradient.padded(self.positions)
-        inputs = gradient.inputs[..., :-1] if self.has_bias else gradient.inputs
+        inputs = gradient.bare_inputs if isinstance(gradient, BiasedGradient) else gradient.inputs
+        inputs = inputs[..., : self.shape[1] - self.has_bias]
         rounded = quantize.round_rows("inputs", inputs, self.dtype)
         return rounded | quantize.round_rows("output_grads", gradient.output_grads, self.dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,9 +61,16 @@ class FactoredGradient(LayerGradient):
         """The same layer's gradients for some of the examples."""
         return FactoredGradient(self.inputs[rows], self.output_grads[rows])
 
-    def dense(self) -> Tensor:
-        """The gradients themselves, shape [n, o, i]."""
-        return self.output_grads.mT @ self.inputs
+    @property
+    def bounds(self) -> Tensor:
+        """|a| |d| over all positions, which no entry of an example's gradient exceeds, shape [n]."""
+        norms = [factors.flatten(1).norm(dim=1) for factors in self.tensors]
+        return norms[0] * norms[1]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradients themselves, shape [n, o, i], rounded to a dtype."""
+        products = self.output_grads.mT @ self.inputs
+        return products if dtype is None else products.to(dtype)
 
     def projections(self, U: Tensor, V: Tensor) -> Tensor:
         """(U^T d) (V^T a) of each position, shape [n s, p]."""
@@ -82,7 +90,7 @@ class FactoredGradient(LayerGradient):
 
     def with_ones(self) -> FactoredGradient:
         """A 1 appended to the inputs."""
-        return FactoredGradient(pad(self.inputs, (0, 1), value=1), self.output_grads)
+        return BiasedGradient(self.inputs, self.output_grads)
 
     def padded(self, positions: int) -> FactoredGradient:
         """The same gradients with zeros for the missing positions."""
@@ -95,3 +103,72 @@ class FactoredGradient(LayerGradient):
             torch.cat([self.inputs, other.inputs], dim=1),
             torch.cat([self.output_grads, other.output_grads], dim=1),
         )
+
+
+class BiasedGradient(FactoredGradient):
+    """The same with inputs that end in a 1, which is not written before somebody asks for it.
+
+    Args:
+        bare_inputs: without the 1, shape [n, s, i - 1].
+        output_grads: as `FactoredGradient` has them.
+    """
+
+    def __init__(self, bare_inputs: Tensor, output_grads: Tensor) -> None:
+        self.__dict__.update(bare_inputs=bare_inputs, output_grads=output_grads)  # is frozen
+
+    bare_inputs: Tensor
+
+    @cached_property
+    def inputs(self) -> Tensor:  # type: ignore[override]
+        """With the 1, shape [n, s, i]."""
+        return pad(self.bare_inputs, (0, 1), value=1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        return self.output_grads.shape[-1], self.bare_inputs.shape[-1] + 1
+
+    @property
+    def positions(self) -> int:
+        """Number of shared positions s."""
+        return self.bare_inputs.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Inputs without the 1, and output gradients."""
+        return self.bare_inputs, self.output_grads
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> BiasedGradient:
+        """Of other inputs and output gradients."""
+        return BiasedGradient(*tensors)
+
+    def __getitem__(self, rows: Tensor | slice) -> BiasedGradient:
+        """The same layer's gradients for some of the examples."""
+        return BiasedGradient(self.bare_inputs[rows], self.output_grads[rows])
+
+    @property
+    def bounds(self) -> Tensor:
+        """|a| |d| over all positions, with the 1 of each."""
+        inputs, output_grads = (factors.flatten(1).norm(dim=1) for factors in self.tensors)
+        return inputs.hypot(inputs.new_tensor(self.positions).sqrt()) * output_grads
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradients themselves, shape [n, o, i], rounded to a dtype."""
+        dtype = dtype or torch.promote_types(self.bare_inputs.dtype, self.output_grads.dtype)
+        o, i = self.shape
+        found = self.output_grads.new_empty((len(self), o, i), dtype=dtype)
+        found[..., :-1] = self.output_grads.mT @ self.bare_inputs
+        found[..., -1] = self.output_grads.sum(1)
+        return found
+
+    def sampled(self, positions: int, generator: torch.Generator) -> tuple[BiasedGradient, float]:
+        """The same positions of all examples."""
+        if positions >= self.positions:
+            return self, 1.0
+        found, weight = FactoredGradient(self.bare_inputs, self.output_grads).sampled(positions, generator)
+        return found.with_ones(), weight
+
+    def padded(self, positions: int) -> BiasedGradient:
+        """The same gradients with zeros for the missing positions' inputs and output gradients."""
+        missing = (0, 0, 0, positions - self.positions)
+        return BiasedGradient(pad(self.bare_inputs, missing), pad(self.output_grads, missing))

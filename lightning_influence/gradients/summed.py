@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.base import LayerGradient
 from lightning_influence.gradients.dense import DenseGradient
-from lightning_influence.gradients.factored import FactoredGradient
+from lightning_influence.gradients.factored import BiasedGradient, FactoredGradient
 from lightning_influence.gradients.rows import RowGradient
 
 
@@ -102,6 +102,8 @@ def concatenate(batches: Sequence[LayerGradient]) -> LayerGradient:
     """
     if len(batches) == 1:
         return batches[0]
+    if {type(batch) for batch in batches} == {FactoredGradient, BiasedGradient}:
+        batches = [FactoredGradient(batch.inputs, batch.output_grads) for batch in batches]  # type: ignore[attr-defined]
     if len({type(batch) for batch in batches}) == 1:
         first = batches[0]
         if isinstance(first, SummedGradient):

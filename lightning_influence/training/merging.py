@@ -88,7 +88,7 @@ class TrajectoryCapture:
             plans,
             covariance_positions=self._options.covariance_positions,
             covariance_stride=max(1, min(COVARIANCE_STRIDE, stride)),
-            block_examples=1,
+            at_once=True,
             processes=self._processes,
         )
 

@@ -34,6 +34,7 @@ from lightning_influence.functional.rotated import (
 from lightning_influence.gradients import LayerGradient
 
 WHITENING_DAMPING = 0.1  # delta_0 as a multiple of the layer's mean Lambda_0
+ENCODED_ELEMENTS = 2**18  # at a time: what stays in a processor's cache
 BYTES_PER_COORDINATE = {  # a code and its share of a float32 scale
     8: 1 + 4 / GROUP,
     4: 1 / 2 + 4 / ROTATED_GROUP,
@@ -93,14 +94,18 @@ class EigenCodec(Codec):
 
     def encode_coordinates(self, kept: Tensor) -> dict[str, Tensor]:
         """The arrays of coordinates [n, k] that were selected already."""
+        step = max(1, ENCODED_ELEMENTS // len(self.coordinates)) if kept.device.type == "cpu" else len(kept)
+        parts = [self._encode_some(part) for part in kept.split(max(step, 1))]
+        codes, scales = zip(*parts, strict=True)
+        return {"codes": torch.cat(codes), "scales": torch.cat(scales)}
+
+    def _encode_some(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         if self.bits == 8:
-            codes, scales = quantize_int8(kept / self.whitening)
-        else:
-            k = len(self.coordinates)
-            whitened = kept.new_zeros(len(kept), rotated_group_count(k) * ROTATED_GROUP)
-            torch.div(kept, self.whitening, out=whitened[:, :k])
-            codes, scales = quantize_rotated(whitened, self.bits)
-        return {"codes": codes, "scales": scales}
+            return quantize_int8(kept / self.whitening)
+        k = len(self.coordinates)
+        whitened = kept.new_zeros(len(kept), rotated_group_count(k) * ROTATED_GROUP)
+        torch.div(kept, self.whitening, out=whitened[:, :k])
+        return quantize_rotated(whitened, self.bits)
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradients [n, o, i], zero in the directions that were not kept."""

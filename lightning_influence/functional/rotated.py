@@ -64,9 +64,9 @@ def quantize_rotated(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         [..., ceil(d / 256)].
     """
     groups = rotate_groups(values).unflatten(-1, (-1, ROTATED_GROUP))
-    steps = groups.square().mean(-1).sqrt().float() * STEPS[bits]
+    steps = groups.norm(dim=-1).float() * (STEPS[bits] / ROTATED_GROUP**0.5)
     largest = 2**bits - 1
-    codes = groups / steps.where(steps > 0, 1).unsqueeze(-1)
+    codes = groups.div_(steps.where(steps > 0, 1).unsqueeze(-1))
     codes = codes.add_(largest / 2).round_().clamp_(0, largest).to(torch.uint8).flatten(-2)
     places = codes.unflatten(-1, (-1, 8 // bits))
     packed = places[..., 0].clone()

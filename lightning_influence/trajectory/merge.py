@@ -295,7 +295,7 @@ class Trajectory:
 
     def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
-        inputs, grads = [], []
+        pairs: list[FactoredGradient] = []
         is_dense = self._is_dense(name)
         dense = torch.zeros(len(rows) if is_dense else 0, *self._plans[name].shape)
         for epoch, times, share in zip(self.epochs, examples.times_of(rows), weights, strict=True):
@@ -306,18 +306,21 @@ class Trajectory:
             if isinstance(codec, DenseCodec):
                 codec.add_to(dense, arrays, factors)
                 continue
-            pairs = codec.decode_gradient(arrays)
-            pairs.output_grads.mul_(factors.view(-1, 1, 1))
+            own = codec.decode_gradient(arrays)
+            own.output_grads.mul_(factors.view(-1, 1, 1))
             if is_dense:  # as where an earlier epoch had longer examples
-                dense += pairs.dense()
+                dense += own.dense()
+            elif pairs and torch.equal(own.tensors[0], pairs[-1].tensors[0]):  # data that is not augmented
+                pairs[-1].output_grads.add_(own.output_grads)
             else:
-                inputs.append(pairs.inputs)
-                grads.append(pairs.output_grads)
+                pairs.append(own)
         if is_dense:
             return DenseGradient(dense)
-        if not inputs:
+        if not pairs:
             return DenseGradient(torch.zeros(len(rows), *self._plans[name].shape))
-        return FactoredGradient(torch.cat(inputs, dim=1), torch.cat(grads, dim=1))
+        return FactoredGradient(
+            torch.cat([own.inputs for own in pairs], dim=1), torch.cat([own.output_grads for own in pairs], dim=1)
+        )
 
     def _chunk_examples(self, name: str) -> int:
         """How many examples' gradients of a layer are added up at a time."""

@@ -88,7 +88,7 @@ class FactoredGradient(LayerGradient):
         chosen = drawn.to(self.device)
         return FactoredGradient(self.inputs[:, chosen], self.output_grads[:, chosen]), weight
 
-    def with_ones(self) -> FactoredGradient:
+    def with_ones(self) -> BiasedGradient:
         """A 1 appended to the inputs."""
         return BiasedGradient(self.inputs, self.output_grads)
 
@@ -119,7 +119,7 @@ class BiasedGradient(FactoredGradient):
     bare_inputs: Tensor
 
     @cached_property
-    def inputs(self) -> Tensor:  # type: ignore[override]
+    def inputs(self) -> Tensor:
         """With the 1, shape [n, s, i]."""
         return pad(self.bare_inputs, (0, 1), value=1)
 

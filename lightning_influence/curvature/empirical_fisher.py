@@ -39,8 +39,12 @@ COLUMNS = 1024  # solved for at a time
 class EmpiricalFisher:
     """Mean of the rows' outer products, plus the damping (each row once, however often it was trained on).
 
-    A call reads all rows of each layer against each other: n^2 k / 2 multiply-adds, n^2 (o + i) for pairs of one
-    position; then the smaller of n^3 / 3 and k^3 / 3, and 24 bytes times the square of that size in memory.
+    The damping rule sees EK-FAC's Lambda, so that it gives the same number. Lambda has this matrix's mean
+    eigenvalue, where rows are whole; that of merged rows is smaller, since epochs partly cancel in them.
+
+    Each call reads all rows of each layer against each other, so ask all queries in one: n^2 k / 2 multiply-adds
+    in float64, n^2 (o + i) for pairs of one position; then the smaller of n^3 / 3 and k^3 / 3, and 24 bytes times
+    the square of that size in memory.
 
     Args:
         max_size: largest number of examples or of a layer's coordinates, whichever is smaller, that is inverted;

@@ -64,6 +64,7 @@ class InfluenceQuery:
         self.store = store
         self.device = torch.device(device)
         self.layers = {entry["name"]: _load_layer(store, entry, self.device) for entry in described_layers(store)}
+        self._row_products: dict[str, Tensor] = {}
         self.valid = torch.from_numpy(store.column("valid").astype(bool))
         written = store.column("written").astype(bool)
         self._occurrences = torch.from_numpy(np.where(written, store.column("occurrences"), 0))
@@ -270,7 +271,8 @@ class InfluenceQuery:
     def _rows(self, name: str) -> StoredRows:
         """A layer's valid rows, for a curvature that is made of them."""
         where, maps = f"layer {name!r} of {self.store.path}", self.store.rows(name)
-        return StoredRows(where, maps, self.layers[name].codec, self.valid, self.device)
+        codec, valid = self.layers[name].codec, self.valid
+        return StoredRows(where, maps, codec, valid, device=self.device, kept=self._row_products)
 
     def _check_removed(self, chosen: Tensor, segments: Segments) -> None:
         if len(chosen.unique()) < len(chosen):

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.codecs import Codec
 from lightning_influence.errors import QueryError
 
+KEPT_BYTES = 256 * 2**20  # of inner products, of all layers together, for the next damping
 BLOCK_ELEMENTS = 8 * 2**20  # of rows as vectors: 64 MB in float64
 
 
@@ -23,6 +24,7 @@ class StoredRows:
         codec: of the rows.
         valid: which rows count, bool [N].
         device: where the codec is, and where to compute.
+        kept: inner products by name, which further questions share; they are added while there is room.
 
     Attributes:
         count: how many rows are valid.
@@ -33,9 +35,16 @@ class StoredRows:
     """
 
     def __init__(
-        self, name: str, arrays: Mapping[str, np.ndarray], codec: Codec, valid: Tensor, device: torch.device
+        self,
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        codec: Codec,
+        valid: Tensor,
+        *,
+        device: torch.device,
+        kept: dict[str, Tensor],
     ) -> None:
-        self.name, self._maps, self._codec = name, arrays, codec
+        self.name, self._maps, self._codec, self._kept = name, arrays, codec, kept
         self._places = valid.nonzero().flatten().numpy()
         self._device, self.count = device, len(self._places)
         if device.type == "mps":
@@ -48,7 +57,15 @@ class StoredRows:
         self.width = self._codec.vectors(self._read(slice(0, 1))).shape[1]
 
     def gram(self) -> Tensor:
-        """Inner products of all rows, float64 [n, n]."""
+        """Inner products of all rows, float64 [n, n], not to be changed."""
+        if self.name in self._kept:
+            return self._kept[self.name]
+        products = self._products()
+        if sum(others.nbytes for others in self._kept.values()) + products.nbytes <= KEPT_BYTES:
+            self._kept[self.name] = products
+        return products
+
+    def _products(self) -> Tensor:
         products = torch.empty(self.count, self.count, dtype=torch.float64, device=self._device)
         for one in self._parts():
             arrays = self._read(one)

@@ -203,6 +203,7 @@ def test_blocks_of_rows_do_not_matter(file: InfluenceQuery, monkeypatch: pytest.
     queries = asked(file)
     whole = file.scores(queries, curvature="empirical_fisher"), file.self_influence(curvature="empirical_fisher")
     diagonal = file.self_influence(curvature="diagonal")
+    file = InfluenceQuery(file.store)  # which keeps no products
     monkeypatch.setattr("lightning_influence.stored_rows.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("lightning_influence.curvature.empirical_fisher.COLUMNS", 3)
     monkeypatch.setattr("lightning_influence.codecs.eigen.CHUNK_ELEMENTS", 60)
@@ -269,6 +270,20 @@ def test_a_matrix_that_is_too_large_is_refused_with_what_it_would_take(small: In
     assert bool(small.scores(asked(small), curvature=EmpiricalFisher(max_size=20)).isfinite().all())
 
 
+def test_products_are_kept_for_the_next_damping_while_there_is_room(
+    small: InfluenceQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, queries = InfluenceQuery(small.store), asked(small)
+    monkeypatch.setattr("lightning_influence.stored_rows.KEPT_BYTES", 8 * N * N)
+    first = query.scores(queries, curvature="empirical_fisher")
+    (kept,) = query._row_products.values()
+    before = kept.clone()
+    monkeypatch.setattr(StoredRows, "_products", None)  # not made again
+    query.scores_by_layer(queries, curvature="empirical_fisher", damping=3.0)
+    assert torch.equal(query.scores(queries, curvature="empirical_fisher"), first)
+    assert torch.equal(kept, before)
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, True])
 def test_an_impossible_size_is_refused(size: object) -> None:
     with pytest.raises(ValueError, match="`max_size` must be a positive integer"):
@@ -288,9 +303,9 @@ def test_a_damping_for_each_direction_is_refused_by_the_empirical_fisher(small: 
 def test_a_device_without_float64_and_a_file_without_rows_are_refused(small: InfluenceQuery) -> None:
     codec, maps = small.layers["first"].codec, small.store.rows("first")
     with pytest.raises(QueryError, match=r"needs float64, which mps has not; move the model to the CPU"):
-        StoredRows("layer 'first'", maps, codec, small.valid, torch.device("mps"))
+        StoredRows("layer 'first'", maps, codec, small.valid, device=torch.device("mps"), kept={})
     with pytest.raises(QueryError, match=r"layer 'first' has no valid rows"):
-        StoredRows("layer 'first'", maps, codec, torch.zeros(N, dtype=torch.bool), torch.device("cpu"))
+        StoredRows("layer 'first'", maps, codec, ~small.valid, device=torch.device("cpu"), kept={})
 
 
 class InverseDiagonal:

@@ -52,7 +52,7 @@ class LayerRows(Protocol):
     width: int
 
     def gram(self) -> Tensor:
-        """Inner products of all rows, shape [n, n]."""
+        """Inner products of all rows, shape [n, n], not to be changed."""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Some rows at a time: which, and their coordinates [m, k]."""

@@ -42,9 +42,9 @@ class EmpiricalFisher:
     The damping rule sees EK-FAC's Lambda, so that it gives the same number. Lambda has this matrix's mean
     eigenvalue, where rows are whole; that of merged rows is smaller, since epochs partly cancel in them.
 
-    Each call reads all rows of each layer against each other, so ask all queries in one: n^2 k / 2 multiply-adds
-    in float64, n^2 (o + i) for pairs of one position; then the smaller of n^3 / 3 and k^3 / 3, and 24 bytes times
-    the square of that size in memory.
+    All rows of each layer are multiplied with each other: n^2 k / 2 multiply-adds in float64, n^2 (o + i) for
+    pairs of one position. The products are kept, up to 256 MB, for the next damping or query; then each call takes
+    the smaller of n^3 / 3 and k^3 / 3, and 24 bytes times the square of that size in memory.
 
     Args:
         max_size: largest number of examples or of a layer's coordinates, whichever is smaller, that is inverted;
@@ -91,7 +91,7 @@ class _ByExamples:
     """(I + K / (n damping))^-1, times scores under the damping alone."""
 
     def __init__(self, rows: LayerRows, damping: float) -> None:
-        self._gram = rows.gram().div_(damping)
+        self._gram = rows.gram() / damping
         matrix = self._gram / rows.count
         matrix.diagonal().add_(1)
         self._factor = torch.linalg.cholesky(matrix)

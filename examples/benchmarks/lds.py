@@ -7,7 +7,7 @@ over the halves, of that sum and the query's log-likelihood, averaged over the s
 over the queries.
 
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
-    python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher
+    python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher fisher-merged
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence
     python examples/benchmarks/lds.py --methods --picture lds.png      # from the results that there are
 
@@ -57,7 +57,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import HeuristicDamping
 
-METHODS = ("final", "merged", "segments", "dot", "kfac", "diagonal", "fisher", "kronfluence")
+METHODS = ("final", "merged", "segments", "dot", "kfac", "diagonal", "fisher", "fisher-merged", "kronfluence")
 UNCOMPRESSED = 10**9  # bytes an example: more than any of these gradients has
 
 
@@ -96,11 +96,12 @@ def captures(task: Task, method: str) -> list[Capture]:
         return [Capture("K-FAC, final epoch", "", whole, {"curvature": "kfac"})]
     if method == "diagonal":
         return [Capture("diagonal, final epoch", "", whole, {"curvature": "diagonal"})]
+    fisher, more = {"curvature": "empirical_fisher"}, (100.0,)
     if method == "fisher":
-        asked, more = {"curvature": "empirical_fisher"}, (100.0,)
-        final = Capture("empirical Fisher, final epoch", "", whole, asked, further_factors=more)
-        merged = _with_budget("empirical Fisher, every epoch, merged", 8192, asked, epochs="every")
-        return [final, replace(merged, further_factors=more)]
+        return [Capture("empirical Fisher, final epoch", "", whole, fisher, further_factors=more)]
+    if method == "fisher-merged":
+        merged = _with_budget("empirical Fisher, every epoch, merged", 8192, fisher, epochs="every")
+        return [replace(merged, further_factors=more)]
     if method == "final":
         kept = [Capture(*REFERENCE, whole)]
         if task.name == "mlp":  # pairs have no budget

@@ -144,7 +144,9 @@ class InfluenceModule(LightningModule):
                 "why this answer?" takes the answer as the label).
             damping: added to each layer's eigenvalues: a rule, by default 0.1 times their mean, or
                 a number. Another one needs no new capture.
-            curvature: "ekfac", "kfac" or "identity" (plain dot products of gradients).
+            curvature: "ekfac", "kfac", "diagonal" (of the parameters), "empirical_fisher" (the rows' own, which
+                wants more damping: start at `HeuristicDamping(10.0)`) or "identity" (plain dot products of
+                gradients).
             measurement: `measurement(model, batch) -> [q]`, to ask about anything else than the
                 log-likelihood, such as a margin; row j must depend on query j only.
             segments: of a file that holds several epochs, which to ask. None or "last": that of the

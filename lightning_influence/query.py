@@ -2,7 +2,8 @@
 
 All scores are sums over the layers of inner products of preconditioned query gradients with stored rows
 (see `scoring`), and over the segments of the file that are asked for (see `segments`). Damping and
-curvature are arguments of the call and leave nothing behind: the same call twice gives the same bits.
+curvature are arguments of the call and leave nothing behind: the same call twice gives the same bits. A curvature
+that is made of the rows (`RowCurvature`) corrects each layer's scores under its diagonal part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lightning_influence.curvature import (
     Curvature,
     Damping,
     HeuristicDamping,
+    RowCurvature,
     as_damping,
     get_curvature,
 )
@@ -28,6 +30,7 @@ from lightning_influence.gradients import LayerGradient
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import Segments, answerable, check_is_mean, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader
+from lightning_influence.stored_rows import StoredRows
 
 CHUNK_EXAMPLES = 4096
 DEFAULT_DAMPING = HeuristicDamping(0.1)
@@ -61,6 +64,7 @@ class InfluenceQuery:
         self.store = store
         self.device = torch.device(device)
         self.layers = {entry["name"]: _load_layer(store, entry, self.device) for entry in described_layers(store)}
+        self._row_products: dict[str, Tensor] = {}
         self.valid = torch.from_numpy(store.column("valid").astype(bool))
         written = store.column("written").astype(bool)
         self._occurrences = torch.from_numpy(np.where(written, store.column("occurrences"), 0))
@@ -83,7 +87,7 @@ class InfluenceQuery:
         Args:
             queries: by layer, the gradients of *minus* the measurement, q of them.
             damping: a rule, or a number added to every eigenvalue.
-            curvature: "ekfac", "kfac", "identity", or one's own.
+            curvature: "ekfac", "kfac", "diagonal", "empirical_fisher", "identity", or one's own.
             segments: which segments of the file to sum over, and their weights; None for the store's own.
 
         Returns:
@@ -241,21 +245,34 @@ class InfluenceQuery:
         group_of: Callable[[str], str],
     ) -> dict[str, Tensor]:
         """This segment's scores, added up over groups of layers; without a valid row they mean nothing."""
-        projected = {
-            name: layer.precondition(queries[name].to(self.device), curvature, damping)
-            for name, layer in self.layers.items()
-        }
-        q = len(next(iter(projected.values())))
-        scores = {group_of(name): torch.zeros(q, self.num_examples) for name in self.layers}
-        for rows, name, arrays in self._chunks():
-            scores[group_of(name)][:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
+        scores: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            preconditioned = layer.precondition(queries[name].to(self.device), curvature, damping)
+            added = scores.setdefault(group_of(name), torch.zeros(len(preconditioned), self.num_examples))
+            own = torch.zeros_like(added) if isinstance(curvature, RowCurvature) else added
+            for rows, arrays in self._chunks(name):
+                own[:, rows] += layer.scores(preconditioned, arrays).cpu()
+            if isinstance(curvature, RowCurvature):
+                part = curvature.rows_part(self._rows(name), layer.Lambda, damping)
+                added[:, self.valid] += part.scores(own[:, self.valid]).float().cpu()
         return scores
 
     def _own_self_influence(self, curvature: Curvature, damping: Damping) -> Tensor:
         result = torch.zeros(self.num_examples)
-        for rows, name, arrays in self._chunks():
-            result[rows] += self.layers[name].self_influence(arrays, curvature, damping).cpu()
+        for name, layer in self.layers.items():
+            if isinstance(curvature, RowCurvature):
+                part = curvature.rows_part(self._rows(name), layer.Lambda, damping)
+                result[self.valid] += part.self_influence().float().cpu()
+                continue
+            for rows, arrays in self._chunks(name):
+                result[rows] += layer.self_influence(arrays, curvature, damping).cpu()
         return result
+
+    def _rows(self, name: str) -> StoredRows:
+        """A layer's valid rows, for a curvature that is made of them."""
+        where, maps = f"layer {name!r} of {self.store.path}", self.store.rows(name)
+        codec, valid = self.layers[name].codec, self.valid
+        return StoredRows(where, maps, codec, valid, device=self.device, kept=self._row_products)
 
     def _check_removed(self, chosen: Tensor, segments: Segments) -> None:
         if len(chosen.unique()) < len(chosen):
@@ -272,13 +289,12 @@ class InfluenceQuery:
                 f"{int(without[0])}): training did not see them, or their gradient was not finite."
             )
 
-    def _chunks(self) -> Iterator[tuple[slice, str, dict[str, Tensor]]]:
-        for name in self.layers:
-            maps = self.store.rows(name)
-            for start in range(0, self.num_examples, CHUNK_EXAMPLES):
-                rows = slice(start, min(start + CHUNK_EXAMPLES, self.num_examples))
-                arrays = {key: torch.from_numpy(np.array(a[rows])) for key, a in maps.items()}
-                yield rows, name, {key: array.to(self.device) for key, array in arrays.items()}
+    def _chunks(self, name: str) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        maps = self.store.rows(name)
+        for start in range(0, self.num_examples, CHUNK_EXAMPLES):
+            rows = slice(start, min(start + CHUNK_EXAMPLES, self.num_examples))
+            arrays = {key: torch.from_numpy(np.array(a[rows])) for key, a in maps.items()}
+            yield rows, {key: array.to(self.device) for key, array in arrays.items()}
 
 
 def described_layers(store: StoreReader) -> list[dict]:

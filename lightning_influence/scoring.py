@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.codecs import Codec, codec_from_config
-from lightning_influence.curvature import Curvature, Damping
+from lightning_influence.curvature import Curvature, Damping, basis_of
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import LayerGradient
@@ -65,8 +65,9 @@ class ScoredLayer:
 
     def precondition(self, query: LayerGradient, curvature: Curvature, damping: Damping) -> Tensor:
         """(G + damping)^-1 times the queries' gradients, as the codec takes them."""
+        basis = basis_of(curvature, self.basis)
         inverse = curvature.inverse_eigenvalues(self.basis, self.Lambda, damping)
-        return self.codec.project(self.basis.rotate(query) * inverse, self.basis)
+        return self.codec.project(basis.rotate(query) * inverse, basis)
 
     def scores(self, preconditioned: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """Scores of the arrays' rows, shape [q, n]."""
@@ -75,7 +76,7 @@ class ScoredLayer:
     def self_influence(self, arrays: Mapping[str, Tensor], curvature: Curvature, damping: Damping) -> Tensor:
         """Grad L_n^T (G + damping)^-1 grad L_n of each row, shape [n]."""
         inverse = curvature.inverse_eigenvalues(self.basis, self.Lambda, damping)
-        return self.codec.quadratic(inverse, self.basis, arrays)
+        return self.codec.quadratic(inverse, basis_of(curvature, self.basis), arrays)
 
 
 def _basis_of(tensors: dict[str, Tensor], structure: KroneckerStructure) -> Eigenbasis:

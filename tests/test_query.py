@@ -21,7 +21,9 @@ from tests.plain_loop import query_gradients, record, train_epoch
 from tests.reference.activations import collect_activations
 from tests.reference.curvature import (
     absolute_damping,
+    diagonal_curvature,
     ekfac_curvature,
+    empirical_fisher_curvature,
     heuristic_damping,
     identity_curvature,
     kfac_curvature,
@@ -42,6 +44,8 @@ SHUFFLED = [7, 2, 11, 0, 5, 9, 1, 10, 3, 8, 4, 6]
 CURVATURES = {
     "ekfac": ekfac_curvature(heuristic_damping(0.1)),
     "kfac": kfac_curvature(heuristic_damping(0.1)),
+    "diagonal": diagonal_curvature(heuristic_damping(0.1)),
+    "empirical_fisher": empirical_fisher_curvature(heuristic_damping(0.1)),
     "identity": identity_curvature,
 }
 MODELS = {

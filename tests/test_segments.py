@@ -94,8 +94,10 @@ def set_rates(group: h5py.Group, value: float) -> None:
     group["rows/learning_rate"][...] = value
 
 
-def by_hand(influence: InfluenceModule, number: int, queries: dict[str, Tensor]) -> Tensor:
-    """-grad f^T (G + damping)^-1 grad L of one segment, dense and in float64, [q, N]."""
+def by_hand(
+    influence: InfluenceModule, number: int, queries: dict[str, Tensor], curvature: str = "ekfac"
+) -> Tensor:
+    """-grad f^T (G + damping)^-1 grad L of one segment, dense and in float64, [q, N]; 0 without a row."""
     query = InfluenceQuery(influence.store.segment(number))
     total = torch.zeros(len(next(iter(queries.values()))), query.num_examples, dtype=torch.float64)
     for name in query.layers:
@@ -103,6 +105,10 @@ def by_hand(influence: InfluenceModule, number: int, queries: dict[str, Tensor])
         basis = torch.kron(factors["Q_S"], factors["Q_A"])
         inverse = basis @ torch.diag(1 / (factors["Lambda"].flatten() + DAMPING)) @ basis.T
         rows = decoded_rows(query, name).double().flatten(1)
+        if curvature == "empirical_fisher":
+            own = rows[query.valid]
+            inverse = torch.linalg.inv(own.T @ own / len(own) + DAMPING * torch.eye(rows.shape[1]))
+        rows[~query.valid] = 0
         total += queries[name].double().flatten(1) @ inverse @ rows.T
     return total
 
@@ -134,6 +140,17 @@ def test_scores_are_the_weighted_sum_of_each_segments_own(whole: InfluenceModule
     queries = dense_queries(whole, batch)
     expected = sum(weight * by_hand(whole, number, queries) for number, weight in weights.items())
     close(whole.scores(batch, damping=DAMPING, segments=segments), expected)
+
+
+def test_each_segment_has_the_empirical_fisher_of_its_own_rows(
+    whole: InfluenceModule, dropping: InfluenceModule, batch: Any
+) -> None:
+    for influence in (whole, dropping):
+        queries = dense_queries(influence, batch)
+        expected = sum(w * by_hand(influence, n, queries, "empirical_fisher") for n, w in OWN.items())
+        found = influence.scores(batch, damping=DAMPING, segments=OWN, curvature="empirical_fisher")
+        close(found[:, ~found.isnan().any(0)], expected[:, ~found.isnan().any(0)])
+        assert int(found.isnan().all(0).sum()) <= 2
 
 
 def test_the_learning_rate_of_a_segment_is_that_of_its_epoch(whole: InfluenceModule) -> None:

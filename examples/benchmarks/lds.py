@@ -7,6 +7,7 @@ over the halves, of that sum and the query's log-likelihood, averaged over the s
 over the queries.
 
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
+    python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher fisher-merged
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence
     python examples/benchmarks/lds.py --methods --picture lds.png      # from the results that there are
 
@@ -31,7 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import HeuristicDamping
 
-METHODS = ("final", "merged", "segments", "dot", "kfac", "kronfluence")
+METHODS = ("final", "merged", "segments", "dot", "kfac", "diagonal", "fisher", "fisher-merged", "kronfluence")
 UNCOMPRESSED = 10**9  # bytes an example: more than any of these gradients has
 
 
@@ -75,6 +76,7 @@ class Capture:
         options: of `InfluenceCallback`.
         asked: of `InfluenceModule.scores`.
         is_damped: whether damping matters.
+        further_factors: of damping, beside the task's.
     """
 
     family: str
@@ -82,6 +84,7 @@ class Capture:
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: Mapping[str, Any] = field(default_factory=dict)
     is_damped: bool = True
+    further_factors: tuple[float, ...] = ()
 
 
 def captures(task: Task, method: str) -> list[Capture]:
@@ -91,6 +94,14 @@ def captures(task: Task, method: str) -> list[Capture]:
         return [Capture("gradient dot product", "", whole, {"curvature": "identity"}, is_damped=False)]
     if method == "kfac":
         return [Capture("K-FAC, final epoch", "", whole, {"curvature": "kfac"})]
+    if method == "diagonal":
+        return [Capture("diagonal, final epoch", "", whole, {"curvature": "diagonal"})]
+    fisher, more = {"curvature": "empirical_fisher"}, (100.0,)
+    if method == "fisher":
+        return [Capture("empirical Fisher, final epoch", "", whole, fisher, further_factors=more)]
+    if method == "fisher-merged":
+        merged = _with_budget("empirical Fisher, every epoch, merged", 8192, fisher, epochs="every")
+        return [replace(merged, further_factors=more)]
     if method == "final":
         kept = [Capture(*REFERENCE, whole)]
         if task.name == "mlp":  # pairs have no budget
@@ -187,7 +198,7 @@ def predict(task: Task, chosen: list[Capture], seed: int) -> Iterator[Prediction
                     influence.scores(task.queries, damping=HeuristicDamping(factor), **capture.asked),
                     task.subsets(),
                 )
-                for factor in (task.damping_factors if capture.is_damped else (1.0,))
+                for factor in (task.damping_factors + capture.further_factors if capture.is_damped else (1.0,))
             }
             size = rows * float(influence.store.attributes["bytes_per_row"])
             yield Prediction(capture.family, capture.variant, seed, sums, size)

@@ -8,7 +8,7 @@ layer's eigenbasis.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ class Codec(ABC):
 
     @abstractmethod
     def project(self, coordinates: Tensor, basis: Eigenbasis) -> Tensor:
-        """Preconditioned queries [q, o, i] in the eigenbasis, in the form that `scores` takes."""
+        """Preconditioned queries [q, o, i] in the basis, in the form that `scores` takes."""
 
     @abstractmethod
     def scores(self, projected: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -46,6 +46,14 @@ class Codec(ABC):
     @abstractmethod
     def quadratic(self, weights: Tensor, basis: Eigenbasis, arrays: Mapping[str, Tensor]) -> Tensor:
         """sum_oi weights_oi (Q_S^T G_n Q_A)_oi^2 with weights [o, i], shape [n]."""
+
+    def vectors(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The rows in some orthonormal basis of what they can hold, shape [n, k]; the same basis for all rows."""
+        return self.decode(arrays).flatten(1)
+
+    def products(self, arrays: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
+        """Inner products <G_n, G_m> of rows with other rows, float64 [n, m]."""
+        return self.vectors(arrays).double() @ self.vectors(others).double().T
 
     @abstractmethod
     def get_config(self) -> dict[str, Any]:
@@ -95,3 +103,11 @@ def codec_from_config(
             f"unknown codec {codec_id!r}, known are {sorted(_CODECS)}; use the version that wrote the file"
         )
     return _CODECS[codec_id].from_config(config, state, basis)
+
+
+def split_rows(arrays: Mapping[str, Tensor], step: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """The rows of a codec's arrays, at most `step` at a time."""
+    count = len(next(iter(arrays.values())))
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        yield rows, {name: array[rows] for name, array in arrays.items()}

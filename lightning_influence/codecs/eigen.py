@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs.base import Codec, register_codec
+from lightning_influence.codecs.base import Codec, register_codec, split_rows
 from lightning_influence.functional.coordinates import CoordinateSelection
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.quantize import GROUP, dequantize_int8, group_count, quantize_int8
@@ -31,7 +31,7 @@ from lightning_influence.functional.rotated import (
     rotate_groups,
     rotated_group_count,
 )
-from lightning_influence.gradients import LayerGradient
+from lightning_influence.gradients import CHUNK_ELEMENTS, LayerGradient
 
 WHITENING_DAMPING = 0.1  # delta_0 as a multiple of the layer's mean Lambda_0
 ENCODED_ELEMENTS = 2**18  # at a time: what stays in a processor's cache
@@ -110,13 +110,19 @@ class EigenCodec(Codec):
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradients [n, o, i], zero in the directions that were not kept."""
         o, i = self.basis.shape
-        values = self._whitened(arrays) * self.whitening
+        values = self.vectors(arrays)
         coordinates = values.new_zeros(len(values), o * i)
         coordinates[:, self.coordinates] = values
         return self.basis.rotate_back(coordinates.unflatten(1, (o, i)))
 
+    def vectors(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The kept coordinates, shape [n, k]."""
+        return self._whitened(arrays) * self.whitening
+
     def project(self, coordinates: Tensor, basis: Eigenbasis) -> Tensor:
         """The kept coordinates of the queries times the whitening, rotated as the rows are, shape [q, k]."""
+        if basis is not self.basis:
+            coordinates = self.basis.rotate_dense(basis.rotate_back(coordinates))
         kept = coordinates.flatten(1)[:, self.coordinates] * self.whitening
         return kept if self.bits == 8 else rotate_groups(kept)
 
@@ -125,9 +131,19 @@ class EigenCodec(Codec):
         return projected @ self._restored(arrays).T
 
     def quadratic(self, weights: Tensor, basis: Eigenbasis, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Weighted squares of the kept coordinates, shape [n]."""
+        """Weighted squares of the kept coordinates, shape [n]; in another basis, of the gradients made whole."""
+        if basis is not self.basis:
+            return self._quadratic_in(basis, weights, arrays)
         values = self._whitened(arrays)
         return values.square() @ (weights.flatten()[self.coordinates] * self.whitening.square())
+
+    def _quadratic_in(self, basis: Eigenbasis, weights: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        step = max(1, CHUNK_ELEMENTS // weights.numel())
+        parts = [
+            (basis.rotate_dense(self.decode(rows)).square() * weights).sum((1, 2))
+            for _, rows in split_rows(arrays, step)
+        ]
+        return torch.cat(parts) if parts else weights.new_zeros(0)
 
     def get_config(self) -> dict[str, Any]:
         """The bits; the basis and the state say all else."""

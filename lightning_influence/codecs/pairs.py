@@ -95,6 +95,14 @@ class PairsCodec(Codec):
         """Weighted squares of the rotated gradients, shape [n]."""
         return weighted_squares(basis.rotate_factors(self.decode_gradient(arrays)), weights)
 
+    def products(self, arrays: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
+        """(d . d')(a . a') of single outer products; of others with the gradients made whole; float64 [n, m]."""
+        if self.positions > 1:
+            return super().products(arrays, others)
+        one, other = self.decode_gradient(arrays), self.decode_gradient(others)
+        grads = one.output_grads[:, 0].double() @ other.output_grads[:, 0].double().T
+        return grads * (one.inputs[:, 0].double() @ other.inputs[:, 0].double().T)
+
     def get_config(self) -> dict[str, Any]:
         """Positions, bias and dtype; the shape is the basis's."""
         return {"positions": self.positions, "has_bias": self.has_bias, "dtype": self.dtype}

@@ -1,13 +1,22 @@
-"""From a layer's factors to the eigenvalues of the damped inverse that a query multiplies with."""
+"""From a layer's factors, or its rows, to the damped inverse that a query multiplies with."""
 
-from lightning_influence.curvature.base import Curvature, get_curvature
+from lightning_influence.curvature.base import (
+    Curvature,
+    LayerRows,
+    RowCurvature,
+    RowsPart,
+    basis_of,
+    get_curvature,
+    register_curvature,
+)
 from lightning_influence.curvature.damping import (
     AbsoluteDamping,
     Damping,
     HeuristicDamping,
     as_damping,
 )
-from lightning_influence.curvature.kinds import EKFAC, KFAC, Identity
+from lightning_influence.curvature.empirical_fisher import EmpiricalFisher
+from lightning_influence.curvature.kinds import EKFAC, KFAC, Diagonal, Identity
 
 __all__ = [
     "EKFAC",
@@ -15,8 +24,15 @@ __all__ = [
     "AbsoluteDamping",
     "Curvature",
     "Damping",
+    "Diagonal",
+    "EmpiricalFisher",
     "HeuristicDamping",
     "Identity",
+    "LayerRows",
+    "RowCurvature",
+    "RowsPart",
     "as_damping",
+    "basis_of",
     "get_curvature",
+    "register_curvature",
 ]

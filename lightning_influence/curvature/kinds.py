@@ -1,4 +1,4 @@
-"""EK-FAC, K-FAC and the identity, all over the same stored factors."""
+"""EK-FAC, K-FAC, its diagonal and the identity, all over the same stored factors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.base import register_curvature
 from lightning_influence.curvature.damping import Damping
-from lightning_influence.functional.kronecker import Eigenbasis
+from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
 
 
 class EKFAC:
@@ -30,6 +30,23 @@ class KFAC:
         return _invert(Lambda if basis.is_diagonal else basis.eigenvalue_products(), damping)
 
 
+class Diagonal:
+    """The diagonal of EK-FAC's matrix in the coordinates of the parameters, 1 / (diagonal + damping).
+
+    diagonal_oi = sum_kl Q_S[o, k]^2 Lambda_kl Q_A[i, l]^2. It has the mean of Lambda, so that damping rules by the
+    mean give the same number. It is the exact mean square of G_oi only if the gradient's coordinates in the
+    eigenbasis are uncorrelated; no row is read for it.
+    """
+
+    def basis(self, eigenbasis: Eigenbasis) -> Eigenbasis:
+        """The parameters' own."""
+        return diagonal_basis(eigenbasis.shape, eigenbasis.eigenvalues_A.device)
+
+    def inverse_eigenvalues(self, basis: Eigenbasis, Lambda: Tensor, damping: Damping) -> Tensor:
+        """Diagonal of the damped inverse, shape [o, i]."""
+        return _invert(basis.diagonal(Lambda), damping)
+
+
 class Identity:
     """No curvature: scores are plain dot products of gradients; damping has no effect."""
 
@@ -45,4 +62,5 @@ def _invert(eigenvalues: Tensor, damping: Damping) -> Tensor:
 
 register_curvature("ekfac", EKFAC())
 register_curvature("kfac", KFAC())
+register_curvature("diagonal", Diagonal())
 register_curvature("identity", Identity())

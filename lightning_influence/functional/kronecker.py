@@ -91,6 +91,11 @@ class Eigenbasis:
             grouped = grouped @ self.Q_A.mT
         return grouped.reshape(coordinates.shape)
 
+    def diagonal(self, eigenvalues: Tensor) -> Tensor:
+        """Diagonal, in the parameters' coordinates, of the matrix with these eigenvalues [o, i] in this basis."""
+        Q_A, Q_S = (None if Q is None else Q.square() for Q in (self.Q_A, self.Q_S))
+        return Eigenbasis(Q_A, Q_S, self.eigenvalues_A, self.eigenvalues_S).rotate_back(eigenvalues)
+
     def _grouped(self, matrices: Tensor) -> Tensor:
         """[..., o, i] as [..., g, o/g, i] if there are groups."""
         return matrices.unflatten(-2, tuple(self.eigenvalues_S.shape)) if self.eigenvalues_S.ndim > 1 else matrices

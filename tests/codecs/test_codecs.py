@@ -29,7 +29,7 @@ from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
 from lightning_influence.curvature import AbsoluteDamping, get_curvature
 from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
-from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
+from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
 from lightning_influence.functional.rotated import NOISE, quantize_rotated, restore_rotated, rotate_groups
 from lightning_influence.gradients import FactoredGradient, LayerGradient, concatenate
 
@@ -241,6 +241,33 @@ def test_quadratic_is_the_weighted_squares_of_the_rotated_decoded_rows(
     decoded = row.basis.Q_S.T @ row.codec.decode(row.arrays) @ row.basis.Q_A
     expected = torch.einsum("oi,noi->n", weights, decoded.square())
     assert_close(row.codec.quadratic(weights, row.basis, row.arrays), expected)
+
+
+@every_codec
+@every_layer
+def test_answers_in_another_basis_are_those_of_the_decoded_rows(
+    name: str, shape, positions: int, has_bias: bool
+) -> None:
+    row, parameters = stored(name, shape, positions, has_bias), diagonal_basis(shape)
+    queries, decoded = batch(shape, positions, has_bias, n=Q, seed=1).dense(), row.codec.decode(row.arrays)
+    found = row.codec.scores(row.codec.project(queries, parameters), row.arrays)
+    assert_close(found, torch.einsum("qoi,noi->qn", queries, decoded))
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    expected = torch.einsum("oi,noi->n", weights, decoded.square())
+    assert_close(row.codec.quadratic(weights, parameters, row.arrays), expected)
+
+
+@every_codec
+@every_layer
+def test_products_of_rows_are_those_of_the_decoded_rows(name: str, shape, positions: int, has_bias: bool) -> None:
+    row = stored(name, shape, positions, has_bias)
+    some = {key: array[:4] for key, array in row.arrays.items()}
+    decoded = row.codec.decode(row.arrays).double().flatten(1)
+    products = row.codec.products(some, row.arrays)
+    assert products.dtype == torch.float64
+    assert_close(products, decoded[:4] @ decoded.T)
+    vectors = row.codec.vectors(row.arrays).double()
+    assert_close(vectors @ vectors.T, decoded @ decoded.T)
 
 
 @every_codec

@@ -14,10 +14,11 @@ from lightning_influence.curvature import (
     Damping,
     HeuristicDamping,
     as_damping,
+    basis_of,
     get_curvature,
+    register_curvature,
 )
 from lightning_influence.curvature import base as registry
-from lightning_influence.curvature.base import register_curvature
 from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
@@ -35,6 +36,8 @@ CASES = {
     "ekfac-absolute": ("ekfac", AbsoluteDamping(0.3), dense.ekfac_curvature(ABSOLUTE)),
     "kfac-heuristic": ("kfac", HeuristicDamping(0.1), dense.kfac_curvature(HEURISTIC)),
     "kfac-absolute": ("kfac", AbsoluteDamping(0.3), dense.kfac_curvature(ABSOLUTE)),
+    "diagonal-heuristic": ("diagonal", HeuristicDamping(0.1), dense.diagonal_curvature(HEURISTIC)),
+    "diagonal-absolute": ("diagonal", AbsoluteDamping(0.3), dense.diagonal_curvature(ABSOLUTE)),
     "identity": ("identity", HeuristicDamping(0.1), dense.identity_curvature),
 }
 
@@ -53,7 +56,8 @@ def factors(gradient: LayerGradient) -> tuple[Eigenbasis, Tensor]:
 def preconditioned(gradient: LayerGradient, curvature: str, damping: Damping) -> Tensor:
     basis, Lambda = factors(gradient)
     inverse = get_curvature(curvature).inverse_eigenvalues(basis, Lambda, damping)
-    return basis.rotate_back(basis.rotate(gradient) * inverse)
+    own = basis_of(get_curvature(curvature), basis)
+    return own.rotate_back(own.rotate(gradient) * inverse)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 4), (3, 1)])
@@ -67,7 +71,7 @@ def test_inverse_equals_the_dense_matrix(case: str, s: int, shape: tuple[int, in
     torch.testing.assert_close(preconditioned(gradient, curvature, damping), expected, **EXACT)
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal"])
 def test_huge_damping_gives_the_order_of_plain_dot_products(curvature: str) -> None:
     gradient = layer()
     plain = gradient.dense().flatten(1) @ gradient.dense().flatten(1).T
@@ -96,13 +100,13 @@ def test_ekfac_ignores_the_scale_of_the_covariances() -> None:
     torch.testing.assert_close(*inverses, **EXACT)
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "identity"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal", "identity"])
 def test_a_layer_without_gradient_says_nothing(curvature: str) -> None:
     nothing = FactoredGradient(random(5, 1, 4), torch.zeros(5, 1, 3, dtype=torch.float64))
     assert not preconditioned(nothing, curvature, HeuristicDamping()).any()  # zeros, not NaN
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal"])
 def test_a_direction_without_gradient_is_damped_and_finite(curvature: str) -> None:
     gradient = layer(1)
     gradient.output_grads[..., 0] = 0
@@ -148,8 +152,14 @@ def test_any_callable_is_a_rule() -> None:
 
 
 def test_an_unknown_curvature_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"must be one of \['ekfac', 'identity', 'kfac'\], got 'hessian'"):
+    known = r"\['diagonal', 'ekfac', 'empirical_fisher', 'identity', 'kfac'\]"
+    with pytest.raises(ValueError, match=f"must be one of {known}, got 'hessian'"):
         get_curvature("hessian")
+
+
+def test_the_diagonal_has_the_mean_of_lambda() -> None:
+    basis, Lambda = factors(layer())
+    torch.testing.assert_close(basis.diagonal(Lambda).mean(), Lambda.mean(), **EXACT)
 
 
 class Halved:

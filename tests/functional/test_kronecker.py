@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.functional.kronecker import eigenbasis
+from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import FactoredGradient
 from tests.reference.models import random
 
@@ -78,3 +79,20 @@ def test_rotating_back_restores_the_gradient() -> None:
 
 def test_shape_is_that_of_a_gradient() -> None:
     assert eigenbasis(A, S).shape == (4, 6)
+
+
+STRUCTURES = {
+    "full": (A, S, KroneckerStructure()),
+    "groups": (torch.stack([A, 2 * A.flip(0, 1)]), torch.stack([S[:2, :2], S[2:, 2:]]), KroneckerStructure(2)),
+    "diagonal-inputs": (A.diagonal(), S, KroneckerStructure(full_A=False)),
+    "diagonal-outputs": (A, S.diagonal(), KroneckerStructure(full_S=False)),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_diagonal_is_what_the_matrix_gives_each_parameter(name: str) -> None:
+    basis = eigenbasis(*STRUCTURES[name][:2], structure=STRUCTURES[name][2])
+    Lambda = random(4, 6, seed=7).square()
+    one_each = torch.eye(24, dtype=torch.float64).view(24, 4, 6)  # e
+    expected = (basis.rotate_dense(one_each).square() * Lambda).sum((1, 2)).view(4, 6)  # e^T Q Lambda Q^T e
+    torch.testing.assert_close(basis.diagonal(Lambda), expected, **EXACT)

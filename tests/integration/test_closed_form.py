@@ -253,7 +253,7 @@ def test_ekfac_loses_to_kfac_where_noise_grows_with_x() -> None:
     assert slope(case.predictions("ekfac"), case.changes) < 0.9  # G is too large: measured .56 to .75
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "empirical_fisher"])
 @pytest.mark.parametrize(("n_outputs", "pearson", "spearman"), [(1, 0.99, 0.985), (3, 0.97, 0.95)])
 def test_scores_predict_removal_in_well_specified_logistic_regression(
     n_outputs: int, pearson: float, spearman: float, curvature: str

@@ -1,5 +1,6 @@
 """`InfluenceModule`: finds its file, refuses what does not belong, answers, and leaves the model alone."""
 
+import itertools
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -636,9 +637,11 @@ def test_damping_takes_a_number_or_a_rule(influence: InfluenceModule, batch: lis
 
 
 def test_curvatures_give_different_scores(influence: InfluenceModule, batch: list[Tensor]) -> None:
-    each = [influence.scores(batch, curvature=name)[:, :SEEN] for name in ("ekfac", "kfac", "identity")]
-    assert not torch.equal(each[0], each[1])
-    assert not torch.equal(each[1], each[2])
+    names = ("ekfac", "kfac", "diagonal", "empirical_fisher", "identity")
+    each = [influence.scores(batch, curvature=name)[:, :SEEN] for name in names]
+    for one, other in itertools.combinations(each, 2):
+        assert bool(one.isfinite().all())
+        assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("damping", [0.0, -0.1, float("nan"), float("inf")])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.activations import LayerActivations
-from tests.reference.factors import covariances, eigenbasis, eigenvalue_correction, vec
+from tests.reference.factors import covariances, eigenbasis, eigenvalue_correction, fisher_block, vec
 
 Damping = Callable[[Tensor], float]
 Curvature = Callable[[LayerActivations], Tensor]
@@ -60,6 +60,33 @@ def kfac_curvature(damping: Damping) -> Curvature:
         A, S = covariances(activations.inputs, activations.output_grads)
         basis = eigenbasis(A, S)
         return kfac_matrix(A, S, damping(torch.outer(basis.eigenvalues_S, basis.eigenvalues_A)))
+
+    return matrix
+
+
+def diagonal_matrix(matrix: Tensor, damping: float) -> Tensor:
+    """A matrix without what is off its diagonal, + damping·I."""
+    return torch.diag(matrix.diagonal()) + damping * _identity(len(matrix))
+
+
+def diagonal_curvature(damping: Damping) -> Curvature:
+    """The diagonal of the EK-FAC matrix, entry by entry of the parameters."""
+
+    def matrix(activations: LayerActivations) -> Tensor:
+        undamped = ekfac_curvature(absolute_damping(0.0))(activations)
+        return diagonal_matrix(undamped, damping(undamped.diagonal()))
+
+    return matrix
+
+
+def empirical_fisher_curvature(damping: Damping) -> Curvature:
+    """(1/N) sum_n vec(G_n) vec(G_n)ᵀ + damping·I; the damping rule sees Lambda [o, i]."""
+
+    def matrix(activations: LayerActivations) -> Tensor:
+        basis = eigenbasis(*covariances(activations.inputs, activations.output_grads))
+        Lambda = eigenvalue_correction(activations.gradients(), basis.Q_A, basis.Q_S)
+        block = fisher_block(activations.gradients())
+        return block + damping(Lambda) * _identity(len(block))
 
     return matrix
 

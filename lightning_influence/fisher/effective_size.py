@@ -22,16 +22,18 @@ class EffectiveSize:
         self.sums = torch.zeros(3, dtype=torch.float64)  # of w_n^0, w_n^1, w_n^2
         self._step: Tensor | None = None  # w_n of the passes of this step
 
-    def add(self, norms: Tensor, is_finite: Tensor) -> None:
+    def add(self, norms: Tensor, is_finite: Tensor | None = None) -> None:
         """Take in one pass.
 
         Args:
             norms: of the examples that are finite.
-            is_finite: of all examples of the step.
+            is_finite: of all examples of the step; None if all are.
         """
-        weights = torch.zeros(len(is_finite), dtype=torch.float64, device=norms.device)
-        weights[is_finite.to(norms.device)] = norms.double()
-        self._step = weights if self._step is None else self._step + weights
+        weights = norms.double()
+        if is_finite is not None:
+            weights = torch.zeros(len(is_finite), dtype=torch.float64, device=norms.device)
+            weights[is_finite] = norms.double()
+        self._step = weights if self._step is None else self._step + weights.to(self._step.device)
 
     def end_step(self) -> None:
         """After a step's last pass."""

@@ -127,10 +127,15 @@ class LabelFactors:
         self._spool.close()
 
     def _add(self, name: str, gradient: LayerGradient, codec: EigenCodec | None) -> None:
-        is_finite = gradient.is_finite()
-        gradient = gradient if is_finite.all() else gradient[is_finite]
+        finite = gradient.is_finite()
+        is_finite = None if finite.all() else finite
+        if is_finite is not None:
+            gradient = gradient[is_finite]
         if name in self._covariances:
-            self._covariances[name].to(gradient.device).update(gradient)
+            metric = self._covariances[name]
+            if metric.A_sum.device != gradient.device:
+                metric.to(gradient.device)
+            metric.update(gradient)
         self._sizes_S[name].add(squared_output_norms(gradient), is_finite)
         if name in self._buffers:
             norms = squared_norms(gradient)
@@ -156,9 +161,8 @@ class LabelFactors:
             self._buffers[name].append(DenseGradient(torch.zeros(n, o, i)))
         else:
             self._eigenvalues[name].count(n)
-        nothing = torch.zeros(0), torch.zeros(n, dtype=torch.bool)
-        self._sizes_S[name].add(*nothing)
-        self._sizes_Lambda[name].add(*nothing)
+        for sizes in (self._sizes_S, self._sizes_Lambda):
+            sizes[name].add(torch.zeros(n))
 
     def _flush(self) -> None:
         waiting = {name: concatenate(buffer) for name, buffer in self._buffers.items() if buffer}

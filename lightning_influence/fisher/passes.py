@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,10 @@ class LabelPasses:
         """
         self._waiting, self._reached, self._scale = [], set(), scale
         capture.set_open(False)
+        with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+            self._run(capture, loss, n, after_pass)
+
+    def _run(self, capture: StepCapture, loss: Tensor, n: int, after_pass: Callable[[], None] | None) -> None:
         found = predictives(loss, capture.tap.calls, n)
         if not found:
             return
@@ -76,7 +81,7 @@ class LabelPasses:
             records: dict = {}
             with self._undisturbed(), capture.hooks.apart(records):
                 capture.hooks.is_open = True
-                _pull(pulls, edges, scale)
+                _pull(pulls, edges, self._scale)
             self._reached |= {name for name, uses in records.items() if uses}
             self._waiting.append(records)
             if after_pass is not None:
@@ -138,23 +143,26 @@ class LabelPasses:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Random states and buffers are put back: checkpointed parts of a model run again in each pass."""
+        is_first = self._moving is None
         watched = list(self._model.buffers()) if self._moving is None else self._moving
-        before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in watched]
+        before = [buffer.detach().clone() for buffer in watched]
         devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
             yield
-        changed = [(buffer, value) for buffer, version, value in before if buffer._version != version]
-        with torch.no_grad():
-            for buffer, value in changed:
-                buffer.copy_(value)
-        self._moving = [buffer for buffer, _ in changed] if self._moving is None else self._moving
+        if is_first:  # by value: batch normalization updates its statistics past their version counter
+            moved = [not torch.equal(buffer, value) for buffer, value in zip(watched, before, strict=True)]
+            watched, before = [*compress(watched, moved)], [*compress(before, moved)]
+            self._moving = watched
+        for buffer, value in zip(watched, before, strict=True):
+            buffer.data.copy_(value)  # not to the notice of a backward that has saved it
 
 
 def _pull(pulls: list[tuple[Tensor, Tensor]], edges: list, scale: float) -> None:
     predictions = [prediction for prediction, _ in pulls]
     values = [(value * scale).to(prediction.dtype) for prediction, value in pulls]
     try:
-        torch.autograd.grad(predictions, edges, values, retain_graph=True, allow_unused=True)
+        with torch._C._EnableTorchFunction():  # of the model's own parts that run again
+            torch.autograd.grad(predictions, edges, values, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" in str(error) or "checkpointing is not compatible with .grad()" in str(error).lower():
             raise UnsupportedTrainingError(

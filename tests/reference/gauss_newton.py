@@ -1,6 +1,6 @@
 """The Gauss-Newton matrix of a layer, from its definition: Jacobians of the prediction, Hessian of the loss.
 
-No labels are drawn and no distribution is named: with f(x) the prediction for one example and l(f) its summed loss,
+No labels are drawn and no distribution is named: with f(x) the prediction for one example and l(f) its own loss,
 the block of a layer is (1/N) sum_n J_n^T H_n J_n with J_n = d f / d W and H_n = d^2 l / d f^2, in float64
 (Schraudolph 2002; Martens 2020, arXiv:1412.1193). Its K-FAC factors replace d d^T by D^T H D, D = d f / d y.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,9 @@ class Linearized:
     hessians: list[Tensor]
 
     def A(self) -> Tensor:
-        """Mean over the positions that any prediction depends on."""
-        kept = [a[(D != 0).any(0).any(-1)] for a, D in zip(self.inputs, self.jacobians, strict=True)]
+        """Mean over the positions that the loss's curvature depends on."""
+        cases = zip(self.inputs, self.jacobians, self.hessians, strict=True)
+        kept = [a[(torch.einsum("ab,bso->aso", H, D) != 0).any(0).any(-1)] for a, D, H in cases]
         rows = torch.cat(kept)
         return rows.T @ rows / len(rows)
 
@@ -68,12 +70,13 @@ def linearize(
     """
     model = double_copy(model).eval()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen[name] = args[0].detach().clone(), output
+        return output.clone()  # on which an in-place activation may act
+
     for name in layers:
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: (
-                seen.__setitem__(name, (args[0].detach().clone(), output)) or None
-            )
-        )
+        model.get_submodule(name).register_forward_hook(partial(keep, name))
     found = {name: Linearized([], [], []) for name in layers}
     for example in examples:
         x, target = double_example(example)

@@ -209,19 +209,9 @@ def test_manual_optimization_with_one_backward(tmp_path: Path) -> None:
 @each_head
 def test_sampled_factors_converge_to_the_exact_ones(tmp_path: Path, head: Head) -> None:
     net = seeded(Mlp)
-    expected = reference(net, head)
-    errors = []
-    for samples in (4, 256):
-        fit(tmp_path / "x.h5", net, head, batch_size=22, fisher="sampled", fisher_samples=samples)
-        for name, (basis, Lambda) in stored_factors(tmp_path / "x.h5").items():
-            exact = expected[name].Lambda(basis.Q_A, basis.Q_S)
-            S = basis.Q_S @ basis.eigenvalues_S.diag() @ basis.Q_S.T
-            errors.append([float((S - expected[name].S()).norm() / expected[name].S().norm())])
-            errors[-1].append(float((Lambda - exact).norm() / exact.norm()))
-    few, many = torch.tensor(errors[:3]), torch.tensor(errors[3:])
-    # 64 times as many draws, of which a few examples carry most: an eighth of the error, give or take.
-    assert (many < 0.25).all()
-    assert many.mean() < 0.4 * few.mean()
+    fit(tmp_path / "x.h5", net, head, batch_size=22, fisher="sampled", fisher_samples=1000)
+    # Of 22 examples two or three carry most: 1,000 draws of each leave a few hundredths.
+    assert_factors(tmp_path / "x.h5", reference(net, head), rtol=0.1)
 
 
 def test_positions_draw_labels_of_their_own(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ over the halves, of that sum and the query's log-likelihood, averaged over the s
 over the queries.
 
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
+    python examples/benchmarks/lds.py --task mlp cnn --methods fisher         # labels that the model predicts
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence
     python examples/benchmarks/lds.py --methods --picture lds.png      # from the results that there are
 
@@ -56,7 +57,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import HeuristicDamping
 
-METHODS = ("final", "merged", "segments", "dot", "kfac", "kronfluence")
+METHODS = ("final", "merged", "segments", "dot", "kfac", "fisher", "kronfluence")
 UNCOMPRESSED = 10**9  # bytes an example: more than any of these gradients has
 
 
@@ -91,6 +92,14 @@ def captures(task: Task, method: str) -> list[Capture]:
         return [Capture("gradient dot product", "", whole, {"curvature": "identity"}, is_damped=False)]
     if method == "kfac":
         return [Capture("K-FAC, final epoch", "", whole, {"curvature": "kfac"})]
+    if method == "fisher":
+        kinds: dict[str, dict[str, Any]] = {
+            f"{k} drawn": {"fisher": "sampled", "fisher_samples": k} for k in (1, 8)
+        }
+        if task.name != "transformer":  # its positions are flattened before the loss
+            kinds["exact"] = {"fisher": "exact"}
+        reference = Capture(*REFERENCE, whole)
+        return [reference] + [Capture("labels, final epoch", name, {**whole, **o}) for name, o in kinds.items()]
     if method == "final":
         kept = [Capture(*REFERENCE, whole)]
         if task.name == "mlp":  # pairs have no budget
@@ -273,7 +282,7 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-1])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-2])
     parser.add_argument("--seeds", type=int, default=3, help="training runs on all examples")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where truth and predictions are kept")
     parser.add_argument("--resume", action="store_true", help="keep predictions that are there")

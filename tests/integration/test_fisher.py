@@ -209,9 +209,10 @@ def test_manual_optimization_with_one_backward(tmp_path: Path) -> None:
 @each_head
 def test_sampled_factors_converge_to_the_exact_ones(tmp_path: Path, head: Head) -> None:
     net = seeded(Mlp)
-    fit(tmp_path / "x.h5", net, head, batch_size=22, fisher="sampled", fisher_samples=1000)
-    # Of 22 examples two or three carry most: 1,000 draws of each leave a few hundredths.
-    assert_factors(tmp_path / "x.h5", reference(net, head), rtol=0.1)
+    fit(tmp_path / "x.h5", net, head, batch_size=22, fisher="sampled", fisher_samples=400)
+    # Of 22 examples one or two carry most. The square of a normal number has a variance of 2, so that 400 draws of
+    # one example leave sqrt(2 / 400) = 0.07 in each entry; how fast it falls, tests/losses says entry by entry.
+    assert_factors(tmp_path / "x.h5", reference(net, head), rtol=0.25)
 
 
 def test_positions_draw_labels_of_their_own(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -17,14 +17,16 @@ class LabelCost:
 
     Args:
         seconds: of the passes and of what is made of their gradients.
-        epoch_seconds: of the epoch, or sweep, that they were part of.
+        whole_seconds: of what they were part of.
+        whole: what that is.
     """
 
     seconds: float
-    epoch_seconds: float
+    whole_seconds: float
+    whole: Literal["epoch", "sweep"] = "epoch"
 
     def __str__(self) -> str:
-        return f"{self.seconds:.1f} s, {self.seconds / max(self.epoch_seconds, 1e-9):.0%} of the epoch"
+        return f"{self.seconds:.1f} s, {self.seconds / max(self.whole_seconds, 1e-9):.0%} of the {self.whole}"
 
 
 def fisher_attributes(source: LabelSource | None, labels: LabelFactors | None) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def fisher_document(
     return {
         "fisher": {
             "seconds": cost.seconds,
-            "epoch_seconds": cost.epoch_seconds,
+            f"{cost.whole}_seconds": cost.whole_seconds,
             "effective_samples": labels.effective_sizes(),
         }
     }

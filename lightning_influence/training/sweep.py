@@ -358,7 +358,7 @@ def finish_sweep(
     """
     factors, counts = recorder.factors(), recorder.counts()
     agreement, digest = sweep.agreement(recorder, factors), weights_hash(model)
-    cost = LabelCost(sweep.label_seconds, time.monotonic() - sweep.began)
+    cost = LabelCost(sweep.label_seconds, time.monotonic() - sweep.began, "sweep")
     recorder.finish(
         factors,
         attributes={

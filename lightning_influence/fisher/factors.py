@@ -63,6 +63,8 @@ class LabelFactors:
             codecs: of the layers of which it is known what rows keep.
         """
         n = max((len(gradient) for gradient in gradients.values()), default=0)
+        if n == 0:
+            return
         for name, plan in self._plans.items():
             gradient = gradients.get(name)
             if gradient is None:  # it is zero for all examples

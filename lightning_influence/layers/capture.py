@@ -94,7 +94,7 @@ class GradientCapture:
 
     def __enter__(self) -> GradientCapture:
         self._active.close()
-        self.nearest_to_loss = ""
+        self.nearest_to_loss, self.edges = "", []
         self._records = {name: [] for name in self.layers}
         with ExitStack() as entered:
             for name, layer in self.layers.items():

@@ -149,8 +149,9 @@ class BatchCapture:
         self._step_index = self.trainer.global_step
         if not self._is_settled:
             self.keep(batch, len(rows))
-        wanted = self._wanted()
-        self._labels.start(self.tracking.capture, wanted.labels, keeps=wanted.keeps_labels)
+        if self._labels.are_drawn:
+            wanted = self._wanted()
+            self._labels.start(self.tracking.capture, wanted.labels, keeps=wanted.keeps_labels)
         self.tracking.capture.__enter__()
         self._is_armed = True
         # Gradients that flow before the step's own backward (adversarial examples, say) are not the step's.

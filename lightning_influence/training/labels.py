@@ -39,6 +39,11 @@ class LabelCapture:
         self._take: Take | None = None
         self._rows: np.ndarray
 
+    @property
+    def are_drawn(self) -> bool:
+        """Whether there are any labels but the training set's."""
+        return self._source is not None
+
     def start(self, capture: StepCapture, take: Take | None, *, keeps: bool) -> None:
         """Before the batch's forward.
 
@@ -49,8 +54,6 @@ class LabelCapture:
         """
         self._seconds, self._capture, self._kept = 0.0, capture, []
         self._take = take or (self._keep if keeps else None)
-        if self._source is None:
-            self._take = None
         capture.keep_graph(self._take is not None)
 
     def run(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_influence.attachment import STATE_KEY, attachment_state
 from lightning_influence.errors import StoreError
+from lightning_influence.fisher import FisherKind
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
@@ -73,7 +74,14 @@ class InfluenceCallback(Callback):
             "pairs-float16" and "pairs-float32"; layers whose gradients are no such pairs store them
             densely), "eigen" (leading eigen-coordinates), or "auto": pairs for layers used on vectors, eigen
             for all others.
-        fisher: "empirical", from the training labels, at no extra cost.
+        fisher: of which labels the gradients are whose covariances and eigenvalues precondition a query; rows are
+            those of the training labels in any case. "empirical": the training labels, at no extra cost.
+            "sampled": labels drawn from what the model predicts, anew in each step, from a random generator of
+            their own; "exact": the expectation over all labels, for at most 64 numbers or classes that the model
+            predicts of an example. Each label costs a backward without weight gradients; the log says what that
+            took. Both are the Gauss-Newton matrix of the recognised loss: cross-entropy (also `nll_loss` of
+            log-probabilities), binary cross-entropy, square error, Gaussian with a given variance, Poisson.
+        fisher_samples: labels drawn for each example, with "sampled".
         loss: "auto" recognises the functions of `torch.nn.functional`; for any other loss, "mean"
             or "sum" declares what the value that `training_step` returns is over the examples.
         bytes_per_example: budget of the eigen codec over all its layers.
@@ -102,7 +110,8 @@ class InfluenceCallback(Callback):
         trajectory: TrajectoryMode = "merge",
         rows: Rows = "online",
         codec: CodecName = "auto",
-        fisher: Literal["empirical"] = "empirical",
+        fisher: FisherKind = "empirical",
+        fisher_samples: int = 1,
         loss: LossKind = "auto",
         bytes_per_example: int = 8192,
         covariance_positions: int | None = 32,
@@ -121,6 +130,7 @@ class InfluenceCallback(Callback):
             rows=rows,
             codec=codec,
             fisher=fisher,
+            fisher_samples=fisher_samples,
             loss=loss,
             bytes_per_example=bytes_per_example,
             covariance_positions=covariance_positions,

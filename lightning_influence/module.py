@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_influence.attachment import find_store, matching_segment
 from lightning_influence.curvature import Curvature, Damping
 from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
+from lightning_influence.fisher import describe_fisher
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage, TrackedLayer, find_layers
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery, described_layers
@@ -270,7 +271,7 @@ class InfluenceModule(LightningModule):
             str(self.coverage),
         ]
         if facts.get("rows") == "final":
-            lines.insert(1, "captured in eval mode, at the weights after training")
+            lines.insert(1, f"captured in eval mode, at the weights after training, {describe_fisher(facts)}")
         elif facts.get("trajectory") == "merge":
             merged = ", ".join(str(e["epoch"]) for e in self.store.document("trajectory")["epochs"])
             lines.insert(
@@ -280,7 +281,7 @@ class InfluenceModule(LightningModule):
             resumed = "" if facts.get("is_whole", True) else " (a part of it: it was resumed, or cut short)"
             lines[1:1] = [
                 f"captured in epoch {facts['epoch']}{resumed}, optimizer steps {facts['step_start']} to "
-                f"{facts['step_end']}, {facts['fisher']} Fisher",
+                f"{facts['step_end']}, {describe_fisher(facts)}",
                 f"staleness: {_staleness_text(facts)}",
             ]
         if len(self.store.segments) > 1:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_influence.blocks import Block, Spool
 from lightning_influence.errors import CaptureError
 from lightning_influence.factors import KroneckerCovariance
+from lightning_influence.fisher import LabelFactors
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
 from lightning_influence.gradients import Coordinates, EncodedGradient, LayerGradient
 from lightning_influence.layer_plan import LayerPlan, check_gradients
@@ -52,10 +53,13 @@ class Recorder:
         covariance_stride: every how many-th block enters those of layers whose rows need no basis, at random
             with a seed; the first one always does.
         at_once: encode each step's gradients as soon as there are any, and gather no blocks.
+        has_own_labels: whether covariances and Lambda are of gradients that `add_labels` is given, and not of
+            those of the rows.
         processes: that record together.
 
     Attributes:
         covariances: of the layers that need any; after `end_rows` those of all processes.
+        labels: sums over gradients that are not the rows' own; None if there are none.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Recorder:
         covariance_positions: int | None = None,
         covariance_stride: int = 1,
         at_once: bool = False,
+        has_own_labels: bool = False,
         processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
@@ -91,6 +96,7 @@ class Recorder:
             if not plan.structure.is_diagonal
             and (keep_covariances or plan.codec != "eigen" or name in without_basis)
         }
+        self.labels = LabelFactors(plans, self.covariances, self._bases, writer.path) if has_own_labels else None
         self._chooses_coordinates = any(plan.codec == "eigen" for plan in plans.values())
         self._rows = RowFile(writer, plans, processes)
         self._buffer: list[Block] = []
@@ -107,6 +113,8 @@ class Recorder:
             learning_rate: of the first parameter group at this step.
         """
         check_gradients(self.plans, step.gradients)
+        if self.labels is not None:
+            self.labels.end_step()
         self._seen[indices] = True
         self.loss = self.loss or step.scale.description
         step = StepGradients({name: self.reduce(name, g) for name, g in step.gradients.items()}, step.scale)
@@ -116,6 +124,17 @@ class Recorder:
                 self._flush()
         elif sum(len(b) for b in self._buffer) >= self._block_examples or self._buffered_bytes >= BLOCK_BYTES:
             self._flush()
+
+    @property
+    def label_sink(self) -> Callable[[Mapping[str, LayerGradient]], None] | None:
+        """`add_labels` if there are such labels."""
+        return None if self.labels is None else self.add_labels
+
+    def add_labels(self, gradients: Mapping[str, LayerGradient]) -> None:
+        """Take in a pass of the step that `update` is given next, under labels that are not the rows'."""
+        assert self.labels is not None
+        records = self._rows.records.items()
+        self.labels.add(gradients, {n: record.codec for n, record in records if isinstance(record, EigenRecord)})
 
     @property
     def examples(self) -> int:
@@ -162,7 +181,7 @@ class Recorder:
             return gradient
         if not isinstance(record, EigenRecord):
             return self._encoded(name, gradient, record) if self._at_once else gradient
-        if name in self.covariances:
+        if name in self.covariances and self.labels is None:
             self.covariances[name].to(gradient.device).update(gradient.finite())
         return record.reduce(gradient)
 
@@ -201,8 +220,22 @@ class Recorder:
         with processes.together():
             if processes.is_first:
                 records = self._rows.records
-                layers = {name: record.finish(self._rows.valid_rows(name)) for name, record in records.items()}
-        return layers
+                has_rows = self.labels is None  # Lambda is of them
+                layers = {
+                    name: record.finish(self._rows.valid_rows(name) if has_rows else ())
+                    for name, record in records.items()
+                }
+        return layers if self.labels is None else self._under_labels(self.labels, layers)
+
+    def _under_labels(self, labels: LabelFactors, layers: dict[str, ScoredLayer]) -> dict[str, ScoredLayer]:
+        """The layers with the eigenvalues of their own labels."""
+        processes = self._processes
+        bases = {name: layer.basis for name, layer in layers.items()}
+        if not processes.is_alone:
+            bases = processes.from_first({name: basis.to("cpu") for name, basis in bases.items()})
+        labels.finish(bases, processes)
+        with processes.together():
+            return {n: replace(layer, Lambda=labels.Lambda(n, layer.codec)) for n, layer in layers.items()}
 
     def end_rows(self) -> None:
         """Write what is buffered or spooled, and add up the processes' covariances.
@@ -267,7 +300,9 @@ class Recorder:
         )
 
     def state(self) -> dict[str, Any] | None:
-        """What `resume` needs to go on, in plain values; None while there are no rows in the file."""
+        """What `resume` needs to go on, in plain values; None while there are no rows, or with own labels."""
+        if self.labels is not None:
+            return None
         if self.needs_layout and self._processes.is_alone and not self._chooses_coordinates:
             self._flush()
         if not self._rows.records:
@@ -306,15 +341,17 @@ class Recorder:
         """Leave the unfinished file for a resumed run; the spool goes."""
         self._buffer = []
         self.writer.suspend()
-        if self._spool is not None:
-            self._spool.close()
+        for spool in (self._spool, self.labels):
+            if spool is not None:
+                spool.close()
 
     def discard(self) -> None:
         """Delete the unfinished file and the spool; may be called more than once."""
         self._buffer = []
         self.writer.discard()
-        if self._spool is not None:
-            self._spool.close()
+        for spool in (self._spool, self.labels):
+            if spool is not None:
+                spool.close()
 
     @property
     def _buffered_bytes(self) -> int:
@@ -345,7 +382,7 @@ class Recorder:
             self._blocks_to_skip -= 1
             return block
         self._blocks_to_skip = self._random.randrange(2 * self._stride - 1)
-        for name, metric in self.covariances.items():
+        for name, metric in self.covariances.items() if self.labels is None else ():
             if not isinstance(block.gradients[name], Coordinates | EncodedGradient):
                 metric.to(block.device).update(block.gradients[name])
         return block

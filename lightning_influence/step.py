@@ -112,6 +112,20 @@ class StepCapture:
         """Whether gradients that flow now belong to the step; True on entering."""
         self._hooks.is_open = self._tap.is_open = is_open
 
+    @property
+    def hooks(self) -> GradientCapture:
+        """On the layers."""
+        return self._hooks
+
+    @property
+    def tap(self) -> LossTap:
+        """On the loss; it sees nothing if the loss is declared."""
+        return self._tap
+
+    def keep_graph(self, is_kept: bool) -> None:
+        """Whether the graph of the next step is kept until its backward, for others' passes through it."""
+        self._hooks.keeps_edges = self._tap.keeps_graph = is_kept
+
     def accounted_for(self) -> Tensor | None:
         """The part of what was back-propagated that recognised losses make up; None if none was seen."""
         return self._tap.accounted_for()
@@ -184,7 +198,7 @@ class StepCapture:
             )
         n = len(next(iter(raw.values()))) if n is None else n
         for name, gradient in raw.items():
-            _check_rows(name, gradient, n)
+            check_rows(name, gradient, n)
         scale = self._scale(n, backpropagated_factor)
         nearest = self.layers.get(self._hooks.nearest_to_loss)
         if nearest is not None and nearest.batch_dim != 0:
@@ -215,7 +229,12 @@ class StepCapture:
         return declared_scale(self.loss, n, backpropagated_factor)
 
 
-def _check_rows(name: str, gradient: LayerGradient, n: int) -> None:
+def check_rows(name: str, gradient: LayerGradient, n: int) -> None:
+    """Refuse gradients of a layer that are not those of n examples.
+
+    Raises:
+        RowIndexError: naming the layer.
+    """
     if len(gradient) != n:
         raise RowIndexError(
             f"Layer {name!r} saw {len(gradient)} rows in a batch of {n} examples. Its inputs must have one row "

@@ -20,7 +20,7 @@ FLOORS = [
     {"layer_plan"},
     {"layer_record"},
     {"blocks"},
-    {"row_file"},
+    {"row_file", "fisher"},
     {"recorder", "query"},
     {"trajectory"},
     {"training"},

@@ -7,6 +7,7 @@ the eigen codec; epochs in which the callback does nothing; and the whole run ov
 
     python examples/benchmarks/capture_cost.py                        # all three, about ten minutes
     python examples/benchmarks/capture_cost.py --workload cnn --profile
+    python examples/benchmarks/capture_cost.py --fisher sampled       # with a label drawn for each example
 
 A plain epoch is the median of one fit's epochs but the first; it is that of the plain fit beside the captured
 one. Everything is on one thread and in memory, without workers, validation, loggers, checkpoints or progress
@@ -323,6 +324,8 @@ def make_callback() -> InfluenceCallback:
     given = {
         "epochs": args.captured if args.captured in ("last", "every") else int(args.captured),
         "codec": args.codec,
+        "fisher": args.fisher,
+        "fisher_samples": args.fisher_samples,
         "bytes_per_example": args.bytes_per_example,
         "covariance_positions": args.covariance_positions,
     }
@@ -525,7 +528,9 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, help="instead of the workload's")
     parser.add_argument("--captured", default="last", help="epochs: last, every or a number n, every n-th")
-    parser.add_argument("--codec", help="of InfluenceCallback, as the two that follow")
+    parser.add_argument("--codec", help="of InfluenceCallback, as the four that follow")
+    parser.add_argument("--fisher", choices=("empirical", "sampled", "exact"))
+    parser.add_argument("--fisher-samples", type=int)
     parser.add_argument("--bytes-per-example", type=int)
     parser.add_argument("--covariance-positions", type=int)
     parser.add_argument("--profile", action="store_true", help="where the time of one captured epoch goes")

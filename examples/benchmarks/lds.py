@@ -8,6 +8,7 @@ over the queries.
 
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher fisher-merged
+    python examples/benchmarks/lds.py --task mlp cnn --methods labels         # labels that the model predicts
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence
     python examples/benchmarks/lds.py --methods --picture lds.png      # from the results that there are
 
@@ -57,7 +58,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import HeuristicDamping
 
-METHODS = ("final", "merged", "segments", "dot", "kfac", "diagonal", "fisher", "fisher-merged", "kronfluence")
+METHODS = (
+    "final",
+    "merged",
+    "segments",
+    "dot",
+    "kfac",
+    "diagonal",
+    "fisher",
+    "fisher-merged",
+    "labels",
+    "kronfluence",
+)
 UNCOMPRESSED = 10**9  # bytes an example: more than any of these gradients has
 
 
@@ -102,6 +114,14 @@ def captures(task: Task, method: str) -> list[Capture]:
     if method == "fisher-merged":
         merged = _with_budget("empirical Fisher, every epoch, merged", 8192, fisher, epochs="every")
         return [replace(merged, further_factors=more)]
+    if method == "labels":
+        kinds: dict[str, dict[str, Any]] = {
+            f"{k} drawn": {"fisher": "sampled", "fisher_samples": k} for k in (1, 8)
+        }
+        if task.name != "transformer":  # its positions are flattened before the loss
+            kinds["exact"] = {"fisher": "exact"}
+        reference = Capture(*REFERENCE, whole)
+        return [reference] + [Capture("labels, final epoch", name, {**whole, **o}) for name, o in kinds.items()]
     if method == "final":
         kept = [Capture(*REFERENCE, whole)]
         if task.name == "mlp":  # pairs have no budget
@@ -284,7 +304,7 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-1])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-2])
     parser.add_argument("--seeds", type=int, default=3, help="training runs on all examples")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where truth and predictions are kept")
     parser.add_argument("--resume", action="store_true", help="keep predictions that are there")

@@ -9,14 +9,15 @@ in-place ReLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.errors import LayerError
 from lightning_influence.gradients import LayerGradient, add_calls
@@ -51,6 +52,9 @@ class _Use:
         return self.seen.is_intact
 
 
+Records = dict[str, list[_Use]]
+
+
 class _Seen:
     """A forward's tensors, detached, and whether they stay as they are."""
 
@@ -74,19 +78,23 @@ class GradientCapture:
         is_open: whether gradients that flow now are recorded. Closed outside of the real backward, it
             leaves out inner ones (adversarial examples, other callbacks' gradients).
         nearest_to_loss: the layer whose gradient came first; "" before the backward.
+        keeps_edges: whether `edges` are collected; set it before entering.
+        edges: of all watched outputs, in the order of the forward.
     """
 
     def __init__(self, layers: Mapping[str, TrackedLayer]) -> None:
         self.layers = layers
         self.is_open = True
         self.nearest_to_loss = ""
-        self._records: dict[str, list[_Use]] = {}
+        self.keeps_edges = False
+        self.edges: list[GradientEdge] = []
+        self._records: Records = {}
         self._active = ExitStack()
         self._uses: WeightUses | None = None
 
     def __enter__(self) -> GradientCapture:
         self._active.close()
-        self.nearest_to_loss = ""
+        self.nearest_to_loss, self.edges = "", []
         self._records = {name: [] for name in self.layers}
         with ExitStack() as entered:
             for name, layer in self.layers.items():
@@ -114,6 +122,7 @@ class GradientCapture:
     def clear(self) -> None:
         """Forget the step, so that its activations can be freed."""
         self.clear_reached()
+        self.edges = []
         if self._uses is not None:
             self._uses.clear()
 
@@ -122,6 +131,22 @@ class GradientCapture:
         self.nearest_to_loss = ""
         for records in self._records.values():
             records.clear()
+
+    @contextmanager
+    def apart(self, records: Records) -> Iterator[None]:
+        """What flows within is recorded in `records`, and all questions are about these; the step's own stay."""
+        kept = {name: [*own] for name, own in self._records.items()}, self.nearest_to_loss, self.is_open
+        self._show(records)
+        try:
+            yield
+        finally:
+            records.update({name: [*found] for name, found in self._records.items()})
+            self._show(kept[0])
+            _, self.nearest_to_loss, self.is_open = kept
+
+    def _show(self, records: Records) -> None:
+        for name, own in self._records.items():  # the hooks know these lists
+            own[:] = records.get(name, [])
 
     @property
     def unseen(self) -> list[str]:
@@ -269,7 +294,10 @@ class GradientCapture:
                 self.nearest_to_loss = self.nearest_to_loss or name
                 record(grad.detach().reshape(shape))
 
-        (_in_graph(output) if is_output else output).register_hook(hook)
+        hooked = _in_graph(output) if is_output else output
+        hooked.register_hook(hook)
+        if self.keeps_edges:
+            self.edges.append(get_gradient_edge(hooked))
 
 
 def _remembered(source: Source, layer_input: Tensor) -> Any:

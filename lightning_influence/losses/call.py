@@ -14,11 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_influence.errors import LossNotRecognizedError
 from lightning_influence.losses.functions import Arguments
 
 _signature = functools.cache(inspect.signature)
+
+
+@dataclass(frozen=True, eq=False)
+class CallGraph:
+    """What keeps the graph of a call alive.
+
+    Args:
+        args: the positional arguments as they were given.
+        kwargs: the named arguments, likewise.
+        edge: of the value, as it was returned.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    edge: GradientEdge
 
 
 @dataclass(eq=False)
@@ -32,6 +48,7 @@ class LossCall:
         value: what it returned, detached.
         constant: c = d(back-propagated) / d(loss value), of the loss value's shape; None until a
             backward reached the call, the sum over backwards if several did.
+        graph: the call's place in the graph, where it is wanted.
     """
 
     function: Callable[..., Any]
@@ -39,6 +56,7 @@ class LossCall:
     kwargs: dict[str, Any]
     value: Tensor
     constant: Tensor | None = None
+    graph: CallGraph | None = None
     _versions: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +85,12 @@ class LossCall:
         bound = _signature(self.function).bind(*self.args, **self.kwargs)
         bound.apply_defaults()
         return {name: at_least_float32(value) for name, value in bound.arguments.items()}
+
+    def arguments_in_graph(self) -> dict[str, Tensor]:
+        """The arguments that gradients flow into, by name, as they were given; needs `graph`."""
+        assert self.graph is not None
+        given = _signature(self.function).bind(*self.graph.args, **self.graph.kwargs).arguments
+        return {name: value for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
 
     def _current_versions(self) -> list[int]:
         values = (*self.args, *self.kwargs.values())

@@ -124,9 +124,9 @@ def scale_of_calls(calls: list[LossCall], n: int) -> LossScale:
         ValueError: `n` is not positive.
     """
     _check_examples(n)
-    readings = [read_call(call, n) for call in _counting(calls)]
+    weighed = weighed_readings(calls, n)
+    readings, weights = [reading for _, reading, _ in weighed], [weight for _, _, weight in weighed]
     first = readings[0]
-    weights = [_relative_weight(reading, first) for reading in readings]
 
     dtype = torch.promote_types(first.constant.dtype, torch.float32)
     factor = _divide(first.count, first.constant.abs().to(dtype))
@@ -141,6 +141,16 @@ def scale_of_calls(calls: list[LossCall], n: int) -> LossScale:
         losses = losses.where(factor.isfinite(), math.nan)
     is_flattened = any(reading.is_flattened for reading in readings)
     return LossScale(factor, losses.to(dtype), first.labels, partial(_describe, readings, weights), is_flattened)
+
+
+def weighed_readings(calls: list[LossCall], n: int) -> list[tuple[LossCall, LossReading, float]]:
+    """The calls that took part in a backward, what they say, and their weights relative to the first's.
+
+    Raises:
+        LossNotRecognizedError: no call counts, or their scales cannot be combined.
+    """
+    found = [(call, read_call(call, n)) for call in _counting(calls)]
+    return [(call, reading, _relative_weight(reading, found[0][1])) for call, reading in found]
 
 
 def _counting(calls: list[LossCall]) -> list[LossCall]:

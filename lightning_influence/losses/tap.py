@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that torch's documentation uses)
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.errors import LossNotRecognizedError
-from lightning_influence.losses.call import LossCall
+from lightning_influence.losses.call import CallGraph, LossCall
 from lightning_influence.losses.functions import RULES
 from lightning_influence.losses.scale import LossScale, scale_of_calls
 
@@ -28,6 +29,10 @@ class LossTap(TorchFunctionMode):
     Enter it for the forward, backward included or not; ask for `scale` after the backward, inside
     or outside the `with`. Entering again forgets the last step. Between the two it keeps the
     loss's arguments (logits and targets, not their graph) alive: `clear` lets them go.
+
+    Attributes:
+        is_open: whether gradients that flow now are the step's.
+        keeps_graph: whether calls know their place in the graph, which they keep alive until `forget_graph`.
 
     A loss of one's own inside the `with`, which is not the user's, belongs under
     `torch._C.DisableTorchFunction()`.
@@ -46,6 +51,7 @@ class LossTap(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.is_open = True
+        self.keeps_graph = False
         self._calls: list[LossCall] = []
         self._failure: str | None = None
 
@@ -90,6 +96,11 @@ class LossTap(TorchFunctionMode):
         """Forgets the calls that a backward has reached; another backward may reach the others."""
         self._calls = [call for call in self._calls if call.constant is None]
 
+    def forget_graph(self) -> None:
+        """Let go of the graph; the calls stay."""
+        for call in self._calls:
+            call.graph = None
+
     def accounted_for(self) -> Tensor | None:
         """The part of what was back-propagated that the recorded losses make up; None without any."""
         parts = [(call.constant * call.value).sum() for call in self._calls if call.constant is not None]
@@ -121,6 +132,8 @@ class LossTap(TorchFunctionMode):
             return
         with torch._C.DisableTorchFunction():
             call = LossCall(func, args, kwargs, value.detach())  # no reference to the graph: no cycle
+            if self.keeps_graph:
+                call.graph = CallGraph(args, kwargs, get_gradient_edge(value))
             value.register_hook(lambda c: call.add_constant(c) if self.is_open else None)
         self._calls.append(call)
 

@@ -52,6 +52,7 @@ accidents, not forgery. Truncating a file while it is mapped ends the reading pr
 What a captured run adds
     Attributes: ``epoch`` (counted from 0), ``step_start``, ``step_end`` (optimizer steps),
     ``weights_hash_start`` and ``weights_hash_end`` (SHA-256, ``functional.weights``), ``fisher``, ``loss``,
+    ``fisher_samples``, ``effective_samples_S`` and ``effective_samples_Lambda`` (unless it is "empirical"),
     ``rows`` ("online": each row at the weights of its step; "final": all at those of the end), ``rows_written``,
     ``rows_invalid``, ``rows_missing``, ``bytes_per_row``, ``batches_captured`` (in the first process) and
     ``batches_planned`` (of the epoch; -1: unknown), ``is_resumed`` (within this epoch, of which rows may then be
@@ -83,6 +84,10 @@ What a captured run adds
     ``eigen`` is ``bits``. The attribute
     ``loss`` is what the user asked for ("auto", "mean" or "sum"), the document ``loss`` what was seen:
     ``function``, ``reduction``, ``count``, the ``constant`` divided out, and ``terms``.
+    ``fisher`` says of which labels the gradients are that the factors are moments of: "empirical", those of the
+    training set, as the rows always are; "sampled", ``fisher_samples`` drawn from what the model predicts;
+    "exact", the expectation over all labels. The effective sample sizes (``fisher.effective_size``) are those of
+    the layer with the smallest; the document ``fisher`` has them by layer, and the seconds that it took.
     A row with ``written`` = 1 and ``valid`` = 0 had a non-finite gradient and is in no factor.
 
 Codecs

@@ -84,7 +84,13 @@ def shapes_seen(
 
 @contextmanager
 def back_propagated(
-    model: nn.Module, capture: StepCapture, batch: Any, objective: Objective, *, scale: float = 1.0
+    model: nn.Module,
+    capture: StepCapture,
+    batch: Any,
+    objective: Objective,
+    *,
+    scale: float = 1.0,
+    before_backward: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Answer]:
     """The forward and backward of a batch, seen by `capture`, in eval mode; all is put back on leaving.
 
@@ -94,12 +100,16 @@ def back_propagated(
         batch: on the model's device.
         objective: what of the batch is minimised.
         scale: that it is multiplied with, for gradients in half precision.
+        before_backward: called with what will be back-propagated.
     """
     with torch.inference_mode(False), torch.enable_grad(), _asking(model, capture.layers):
         batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
         with capture:
             answer = objective(model, batch)
             answer = Answer(answer.total if scale == 1 else answer.total * scale, answer.values)
+            if before_backward is not None:
+                before_backward(answer.total)
+                capture.set_open(True)
             answer.total.backward()  # not autograd.grad, which reentrant checkpointing refuses
         yield answer
 

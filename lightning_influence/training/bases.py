@@ -12,21 +12,24 @@ from lightning_influence.gradients import LayerGradient
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.processes import Processes
 from lightning_influence.training.batch_capture import CapturedBatch, Wanted
+from lightning_influence.training.options import CaptureOptions
 
 
 class BasisPreparation:
     """Sums the covariances of the layers that need a basis before their rows can be written.
 
     Args:
-        positions: how many positions of each example enter them; None for all.
+        options: what the user asked for: with labels of the model's own, they are of gradients that `add_labels`
+            is given, and not of the batches' own.
 
     Attributes:
         bases: those that were made, by layer.
     """
 
-    def __init__(self, positions: int | None) -> None:
+    def __init__(self, options: CaptureOptions) -> None:
         self.bases: dict[str, Eigenbasis] = {}
-        self._positions = positions
+        self._has_own_labels = options.label_source is not None
+        self._positions = options.covariance_positions
         self._covariances: dict[str, KroneckerCovariance] = {}
 
     @property
@@ -41,10 +44,22 @@ class BasisPreparation:
     def wanted(self, plans: Mapping[str, LayerPlan]) -> Wanted:
         """Of a batch: nothing but its part of the covariances, which is added at once."""
         names = [name for name, plan in plans.items() if plan.needs_basis]
+        if self._has_own_labels:
+            return Wanted(dict.fromkeys(names, _nothing_of), names, partial(self.add_labels, plans))
         return Wanted({name: partial(self._add, name, plans[name]) for name in names}, names)
+
+    def add_labels(self, plans: Mapping[str, LayerPlan], gradients: Mapping[str, LayerGradient]) -> None:
+        """Take in a pass under labels that are not the batch's."""
+        for name, plan in plans.items():
+            if plan.needs_basis and name in gradients:
+                self._add(name, plan, gradients[name])
 
     def add(self, batch: CapturedBatch, plans: Mapping[str, LayerPlan]) -> None:
         """Take in a batch of whose gradients more was wanted."""
+        if self._has_own_labels:
+            for gradients in batch.labels:
+                self.add_labels(plans, gradients)
+            return
         for name, add in self.wanted(plans).reduce.items():
             add(batch.step.gradients[name])
 
@@ -100,3 +115,7 @@ class BasisPreparation:
     def _add(self, name: str, plan: LayerPlan, gradient: LayerGradient) -> LayerGradient:
         self._covariance(name, plan).to(gradient.device).update(gradient.finite())
         return gradient[:0]
+
+
+def _nothing_of(gradient: LayerGradient) -> LayerGradient:
+    return gradient[:0]

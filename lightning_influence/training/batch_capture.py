@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from lightning_influence.errors import LayerError, RowIndexError, UnsupportedTra
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import UseShape
 from lightning_influence.processes import ALONE
+from lightning_influence.recorder import Recorder
 from lightning_influence.step import StepGradients
 from lightning_influence.training.asking import copied
 from lightning_influence.training.indices import NO_ROW
+from lightning_influence.training.labels import LabelCapture
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.surroundings import (
     backpropagated_factor,
@@ -42,10 +45,21 @@ class Wanted:
     Args:
         reduce: by layer, what to make of its gradients at once.
         names: of the layers; None takes all.
+        labels: what takes gradients under labels of the model's own, a pass at a time; None: they are not wanted,
+            or to be kept.
+        keeps_labels: whether the batch is to have them.
     """
 
     reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]]
     names: Collection[str] | None = None
+    labels: Callable[[Mapping[str, LayerGradient]], None] | None = None
+    keeps_labels: bool = False
+
+    @classmethod
+    def of_rows(cls, recorder: Recorder) -> Wanted:
+        """Of a batch whose rows are recorded."""
+        reduce = {name: partial(recorder.reduce, name) for name in recorder.reduced_layers}
+        return cls(reduce, labels=recorder.label_sink)
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,16 @@ class CapturedBatch:
         rows: their dataset indices, int64 [n].
         step_index: optimizer steps taken before this one.
         learning_rate: of the first parameter group at this step.
+        labels: gradients of each pass under labels of the model's own, if they were to be kept.
+        label_seconds: that these passes took.
     """
 
     step: StepGradients
     rows: np.ndarray
     step_index: int
     learning_rate: float
+    labels: Sequence[Mapping[str, LayerGradient]] = ()
+    label_seconds: float = 0.0
 
 
 class BatchCapture:
@@ -97,6 +115,7 @@ class BatchCapture:
         self._is_armed = False
         self._rows: np.ndarray | None = None
         self._loss: Tensor
+        self._labels = LabelCapture(trainer, model, options)
         self._forget()
         self.track()
 
@@ -130,6 +149,9 @@ class BatchCapture:
         self._step_index = self.trainer.global_step
         if not self._is_settled:
             self.keep(batch, len(rows))
+        if self._labels.are_drawn:
+            wanted = self._wanted()
+            self._labels.start(self.tracking.capture, wanted.labels, keeps=wanted.keeps_labels)
         self.tracking.capture.__enter__()
         self._is_armed = True
         # Gradients that flow before the step's own backward (adversarial examples, say) are not the step's.
@@ -141,6 +163,7 @@ class BatchCapture:
         if not self._is_armed:
             return
         self._find_lost()
+        self._labels.run(loss, self._rows, self._factor, is_settled=self._is_settled, backwards=self._backwards)
         self.tracking.capture.set_open(True)
         is_sum = self._backwards > 1 and not self._has_several_optimizers  # is compared as a whole
         if is_checked and not is_sum and has_exact_average(self.trainer):
@@ -206,7 +229,10 @@ class BatchCapture:
             return None
         step, kept = self._joined(), rows[rows != NO_ROW]
         self._forget()  # the last batch of an epoch is not kept alive through the next
-        return CapturedBatch(step, kept, self._step_index, self._learning_rate) if len(kept) else None
+        if not len(kept):
+            return None
+        labels, seconds = self._labels.results()
+        return CapturedBatch(step, kept, self._step_index, self._learning_rate, labels, seconds)
 
     def disarm(self) -> None:
         """Remove the hooks; may be called at any time."""
@@ -247,6 +273,7 @@ class BatchCapture:
                 reasons = {name: f"it saw {rows} rows in a batch of {n} examples" for name, rows in others.items()}
                 self.tracking.drop(reasons)
                 shapes = {name: uses for name, uses in shapes.items() if name not in others}
+        self._labels.take(shapes)
         wanted, kept = self._wanted(), self._rows != NO_ROW
         if self._has_several_optimizers and shapes.keys().isdisjoint(wanted.names or shapes):
             capture.forget_reached()  # a backward of other layers, whose loss is no part of the next one's

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_influence.fisher import FisherKind
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.layers import NOT_CHOSEN
 from lightning_influence.recorder import RecordedCounts, Recorder
@@ -33,6 +34,8 @@ def capture(
     codec: CodecName = "auto",
     loss: LossKind = "auto",
     training_loss: Measurement | None = None,
+    fisher: FisherKind = "empirical",
+    fisher_samples: int = 1,
     bytes_per_example: int = 8192,
     covariance_positions: int | None = 32,
     index_fn: IndexFn | None = None,
@@ -58,6 +61,8 @@ def capture(
         loss: how the scale of what `training_step` returns is known.
         training_loss: `training_loss(model, batch) -> [n]`, each example's own loss, summed over its positions;
             element n must depend on example n only. Queries then need a `measurement`.
+        fisher: of which labels the curvature is; "sampled" and "exact" need the losses of a `training_step`.
+        fisher_samples: labels drawn for each example, with "sampled".
         bytes_per_example: budget of the eigen codec.
         covariance_positions: how many positions of an example enter the covariances.
         index_fn: from a batch to the dataset index of each row, for data that has no indices of its own, such as
@@ -89,19 +94,27 @@ def capture(
         torch.Size([2, 3])
     """
     target = Path(path).absolute()
-    CaptureOptions(  # checks the arguments
+    options = CaptureOptions(  # checks the arguments
         target,
         layers=layers,
         codec=codec,
         loss=loss,
+        fisher=fisher,
+        fisher_samples=fisher_samples,
         bytes_per_example=bytes_per_example,
         covariance_positions=covariance_positions,
         index_fn=index_fn,
         num_examples=num_examples,
     )
+    labels = options.label_source
+    if labels is not None and training_loss is not None:
+        raise ValueError(
+            f"`fisher={fisher!r}` draws labels from what a recognised loss function says of the prediction, which "
+            '`training_loss` does not tell; pass `fisher="empirical"`, or leave out `training_loss`.'
+        )
     model = getattr(model, "_orig_mod", model)  # of `torch.compile(model)`
     with kept_random_states():
-        sweep = Sweep(model, layers=layers, codec=codec, loss=loss, training_loss=training_loss)
+        sweep = Sweep(model, layers=layers, codec=codec, loss=loss, training_loss=training_loss, labels=labels)
         batches = ExampleBatches(loader, model, index_fn=index_fn, num_examples=num_examples)
         bases, visited = {}, sweep.begin(batches)
         if any(plan.needs_basis for plan in sweep.plans.values()):
@@ -114,6 +127,7 @@ def capture(
             bases=bases,
             bytes_per_example=bytes_per_example,
             covariance_positions=covariance_positions,
+            has_own_labels=labels is not None,
         )
         try:
             sweep.rows(visited, recorder)

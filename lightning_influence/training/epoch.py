@@ -20,6 +20,7 @@ from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
 from lightning_influence.training.batch_capture import CapturedBatch
+from lightning_influence.training.fisher_report import LabelCost, fisher_attributes, fisher_document, report_labels
 from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.options import CaptureOptions
@@ -55,6 +56,7 @@ class EpochCapture:
         self._staleness = StalenessProbe()
         self._rates = LayerRates(trainer, layers, is_wanted=options.merges)
         self._batches = 0
+        self._began, self._label_seconds = time.monotonic(), 0.0
         self._is_resumed = False
         self._attributes: dict[str, Any] = {"epoch": trainer.current_epoch, "step_start": trainer.global_step}
         if processes.is_first:
@@ -80,6 +82,9 @@ class EpochCapture:
         """Record a batch's rows."""
         assert self.recorder is not None
         self._batches += 1
+        self._label_seconds += batch.label_seconds
+        for gradients in batch.labels:
+            self.recorder.add_labels(gradients)
         self.recorder.update(
             batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )
@@ -140,6 +145,7 @@ class EpochCapture:
         assert recorder is not None
         began = time.monotonic()
         layers = recorder.factors()
+        cost = LabelCost(self._label_seconds, began - self._began)
         agreement, documents = Agreement(), {}
         with self._processes.together():
             if self._processes.is_first:
@@ -148,6 +154,7 @@ class EpochCapture:
                     trainer, model, tracking.layers, self._options.loss, recorder, layers
                 )
                 documents = documents_of(recorder, tracking, datasets)
+                documents |= fisher_document(self._options.label_source, recorder.labels, cost)
         recorder.finish(layers, attributes=self.attributes(agreement, is_whole=is_whole), documents=documents)
         with self._processes.together():
             if self._processes.is_first:
@@ -159,6 +166,7 @@ class EpochCapture:
                     agreement=agreement,
                     seconds=time.monotonic() - began,
                 )
+                report_labels(self._options.label_source, recorder.labels, cost)
                 if self._is_resumed:
                     report.warn_of_resumed_epoch(path, self.epoch, counts)
                 elif not is_whole:
@@ -194,7 +202,9 @@ class EpochCapture:
             "batches_captured": self._batches,
             "batches_planned": -1 if math.isinf(planned) else int(planned),
             "rows": self._options.rows,
-            "fisher": self._options.fisher,
+            **fisher_attributes(
+                self._options.label_source, None if self.recorder is None else self.recorder.labels
+            ),
             "loss": self._options.loss,
             "is_resumed": self._is_resumed,
             "processes": self._processes.size,

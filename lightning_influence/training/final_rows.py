@@ -113,7 +113,12 @@ class FinalRows:
                 wanted=self.seen().numpy() if self._is_watched else None,
             )
             sweep = Sweep(
-                model, layers=options.layers, codec=options.codec, loss=options.loss, trainer=self._trainer
+                model,
+                layers=options.layers,
+                codec=options.codec,
+                loss=options.loss,
+                trainer=self._trainer,
+                labels=options.label_source,
             )
             visited = sweep.begin(batches)
             needed = [name for name, plan in sweep.plans.items() if plan.needs_basis]
@@ -127,6 +132,7 @@ class FinalRows:
                 bases=known,
                 bytes_per_example=options.bytes_per_example,
                 covariance_positions=options.covariance_positions,
+                has_own_labels=options.label_source is not None,
             )
             try:
                 step, rate = self._trainer.global_step, learning_rate(self._trainer)

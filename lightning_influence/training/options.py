@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lightning_influence.fisher import FisherKind, LabelSource
 from lightning_influence.layer_plan import CodecName
 from lightning_influence.step import LossKind
 
@@ -33,7 +34,8 @@ class CaptureOptions:
     trajectory: TrajectoryMode = "merge"
     rows: Rows = "online"
     codec: CodecName = "auto"
-    fisher: Literal["empirical"] = "empirical"
+    fisher: FisherKind = "empirical"
+    fisher_samples: int = 1
     loss: LossKind = "auto"
     bytes_per_example: int = 8192
     covariance_positions: int | None = 32
@@ -43,7 +45,7 @@ class CaptureOptions:
 
     def __post_init__(self) -> None:
         check_choice("codec", self.codec, get_args(CodecName))
-        check_choice("fisher", self.fisher, ("empirical",))
+        check_choice("fisher", self.fisher, get_args(FisherKind))
         check_choice("loss", self.loss, get_args(LossKind))
         check_choice("rows", self.rows, get_args(Rows))
         check_choice("trajectory", self.trajectory, get_args(TrajectoryMode))
@@ -53,8 +55,8 @@ class CaptureOptions:
             raise TypeError(f"`index_fn` must be a function from a batch to indices, got {self.index_fn!r}.")
         if self.index_fn is not None and self.index_key is not None:
             raise ValueError("`index_fn` and `index_key` both say where a batch's indices are; pass one of them.")
-        for name in ("bytes_per_example", "covariance_positions", "num_examples"):
-            value, may_be_none = getattr(self, name), name != "bytes_per_example"
+        for name in ("bytes_per_example", "fisher_samples", "covariance_positions", "num_examples"):
+            value, may_be_none = getattr(self, name), name not in ("bytes_per_example", "fisher_samples")
             if not (value is None and may_be_none) and value < 1:
                 expected = "positive or None" if may_be_none else "positive"
                 raise ValueError(f"`{name}` must be {expected}, got {value}.")
@@ -71,6 +73,32 @@ class CaptureOptions:
                 f"'auto' or 'eigen', got {self.codec!r}; or pass "
                 '`trajectory="segments"`, which keeps epochs apart.'
             )
+
+        self._check_fisher()
+
+    def _check_fisher(self) -> None:
+        if self.fisher != "sampled" and self.fisher_samples != 1:
+            raise ValueError(
+                f'`fisher_samples` counts the labels of `fisher="sampled"`, got {self.fisher_samples} with '
+                f"`fisher={self.fisher!r}`."
+            )
+        if self.fisher == "empirical":
+            return
+        if self.loss != "auto":
+            raise ValueError(
+                f"`fisher={self.fisher!r}` draws labels from what the loss function says of the prediction, so "
+                f"`loss` must be 'auto', got {self.loss!r}; or pass `fisher=\"empirical\"`."
+            )
+        if self.merges:
+            raise ValueError(
+                f"Merged epochs have the training labels' Fisher only, got `fisher={self.fisher!r}`; pass "
+                '`trajectory="segments"` or `epochs="last"`, or `fisher="empirical"`.'
+            )
+
+    @property
+    def label_source(self) -> LabelSource | None:
+        """Where labels come from besides the training set."""
+        return None if self.fisher == "empirical" else LabelSource(self.fisher, self.fisher_samples)
 
     @property
     def merges(self) -> bool:

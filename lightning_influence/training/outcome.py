@@ -99,6 +99,7 @@ class Outcome:
             bytes_per_example=options.bytes_per_example,
             keep_covariances=self._schedule.keeps_covariances(epoch),
             covariance_positions=options.covariance_positions,
+            has_own_labels=options.label_source is not None,
             processes=self._processes,
         )
 

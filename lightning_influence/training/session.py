@@ -6,7 +6,6 @@ import random
 import shutil
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ class CaptureSession:
             options.index_fn, index_key=options.index_key, num_examples=options.num_examples
         )
         self._plans: dict[str, LayerPlan] = {}
-        self._bases = BasisPreparation(options.covariance_positions)
+        self._bases = BasisPreparation(options)
         self._outcome: Outcome  # from the start of training
         self._final_rows: FinalRows | None = None
         self._schedule: CaptureSchedule | None = None
@@ -152,7 +151,7 @@ class CaptureSession:
                 self._final_rows.resume(self._resumption.state["seen"] if self._resumption.state else None)
         if batch_idx == 0 and not self._batches.tracking.is_current:
             self._batches.track()
-            self._plans, self._bases = {}, BasisPreparation(self.options.covariance_positions)
+            self._plans, self._bases = {}, BasisPreparation(self.options)
         is_wanted = self._records_rows or self._prepares_bases or not self._plans or self._watches_rows
         if not is_wanted and self._batches.tracking.is_verified:
             self._skips_rest = self._is_epoch_whole = True
@@ -292,7 +291,7 @@ class CaptureSession:
         self._drop_capture()
         if self.has_started:
             self._outcome.trajectory.close(keeps_rows=not self._is_over and self._resume_path.exists())
-        self._bases, self._is_over = BasisPreparation(self.options.covariance_positions), True
+        self._bases, self._is_over = BasisPreparation(self.options), True
         if self._scratch and self.processes.is_first:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -304,8 +303,9 @@ class CaptureSession:
         """Of the batch that is being captured."""
         recorder = self._capture.recorder if self._capture is not None else None
         if recorder is not None:
-            return Wanted({name: partial(recorder.reduce, name) for name in recorder.reduced_layers})
-        return self._bases.wanted(self._plans) if self._prepares_bases else Wanted({})
+            return Wanted.of_rows(recorder)
+        first = Wanted({}, keeps_labels=self._records_rows or self._is_for_bases)
+        return self._bases.wanted(self._plans) if self._prepares_bases else first
 
     def _make_plans(self, batch: CapturedBatch | None) -> None:
         """From the first batch: how layers are stored, the same in all processes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -21,7 +22,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_influence.errors import (
     CaptureError,
@@ -31,6 +32,7 @@ from lightning_influence.errors import (
     UnsupportedTrainingError,
 )
 from lightning_influence.factors import KroneckerCovariance
+from lightning_influence.fisher import LabelPasses, LabelSource
 from lightning_influence.functional.weights import weights_hash
 from lightning_influence.gradients import LayerGradient, concatenate
 from lightning_influence.layer_plan import CodecName, LayerPlan, plan_layers
@@ -49,6 +51,7 @@ from lightning_influence.training.asking import (
     summed_objective,
     training_objective,
 )
+from lightning_influence.training.fisher_report import LabelCost, fisher_attributes, fisher_document, report_labels
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.staleness import EXAMPLES, Agreement, rank_agreement
 from lightning_influence.training.tracking import LayerTracking
@@ -72,10 +75,13 @@ class Sweep:
         loss: how the scale of what `training_step` returns is known.
         training_loss: `training_loss(model, batch) -> [n]`, each example's own loss; None takes `training_step`.
         trainer: whose precision is used; None for none but the caller's.
+        labels: of which covariances and Lambda are, if not of the training set's.
 
     Attributes:
         tracking: the layers that are captured, and the report on all parameters.
         plans: how each layer is stored; empty before `begin`.
+        labels: as above.
+        label_seconds: that passes under these labels took, since `began`.
 
     Raises:
         UnsupportedTrainingError: if the model has no `training_step` that only returns a loss.
@@ -92,6 +98,7 @@ class Sweep:
         loss: LossKind = "auto",
         training_loss: Measurement | None = None,
         trainer: Trainer | None = None,
+        labels: LabelSource | None = None,
     ) -> None:
         instead = LOSSES if trainer is None else 'leave out `rows="final"`'
         self._objective = _objective(model, training_loss, instead)
@@ -102,10 +109,13 @@ class Sweep:
                 "The model is itself a layer, which has no name; wrap it, as in `nn.Sequential(model)`."
             )
         self.plans: dict[str, LayerPlan] = {}
+        self.labels, self.label_seconds = labels, 0.0
+        self._passes = None if labels is None else LabelPasses(labels, self._model)
         self._codec = codec
         self._precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
         scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self.began = time.monotonic()
         self._random = random.Random(0)  # an own generator
         self._visited: int | None = None  # examples that the covariances are of
         self._middle = 0  # number of the batch from which examples are kept for `agreement`
@@ -152,11 +162,16 @@ class Sweep:
             metrics[name].to(gradient.device).update(gradient.finite())
             return gradient[:0]
 
+        def add_labels(gradients: Mapping[str, LayerGradient]) -> None:
+            for name in metrics.keys() & gradients.keys():
+                add(name, gradients[name])
+
+        reduce = {name: partial(add, name) if self.labels is None else _nothing_of for name in metrics}
         self._visited = 0
         for indices, batch in batches:
             self._visited += len(indices)
             with suppress(NoLossError):
-                self._ask(indices, batch, names=metrics, reduce={name: partial(add, name) for name in metrics})
+                self._ask(indices, batch, names=metrics, reduce=reduce, take_labels=add_labels)
         return metrics
 
     def rows(
@@ -179,7 +194,8 @@ class Sweep:
             keeps = number >= self._middle and kept < EXAMPLES
             layers = () if keeps else recorder.reduced_layers
             try:
-                step = self._ask(indices, batch, reduce={name: partial(recorder.reduce, name) for name in layers})
+                reduce = {name: partial(recorder.reduce, name) for name in layers}
+                step = self._ask(indices, batch, reduce=reduce, take_labels=recorder.label_sink)
             except NoLossError:  # skipped, as in training
                 continue
             indices = indices[indices != NO_ROW]
@@ -228,10 +244,14 @@ class Sweep:
         *,
         names: Collection[str] | None = None,
         reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]],
+        take_labels: Callable[[Mapping[str, LayerGradient]], None] | None = None,
     ) -> StepGradients:
-        """The gradients of a batch's wanted examples."""
+        """The gradients of a batch's wanted examples; those under other labels go to `take_labels`, if wanted."""
         kept, is_checked = torch.from_numpy(indices != NO_ROW), self._random.random() < CHECKED_SHARE
-        with self._back_propagated(len(indices), batch, is_checked=is_checked) as answer:
+        passes = None if take_labels is None else self._label_passes(kept, take_labels)
+        with self._back_propagated(len(indices), batch, is_checked=is_checked, passes=passes) as answer:
+            if passes is not None and self._passes is not None:
+                self._passes.check_reached(self.tracking.capture.shapes().keys())
             self.tracking.look(answer.total.detach())
             self.tracking.judge()
             step = self.tracking.capture.gradients(
@@ -246,18 +266,42 @@ class Sweep:
         losses = answer.values.detach().float()
         return replace(step, scale=replace(step.scale, losses=losses[kept.to(losses.device)]))
 
+    def _label_passes(
+        self, kept: Tensor, take: Callable[[Mapping[str, LayerGradient]], None]
+    ) -> Callable[[Tensor], None] | None:
+        """What to do before a batch's backward: passes under other labels, one after the other."""
+        passes, capture, n = self._passes, self.tracking.capture, len(kept)
+        if passes is None:
+            return None
+
+        def hand_over() -> None:
+            for gradients in passes.each(capture, n, kept=None if kept.all() else kept):
+                take(gradients)
+
+        def run(loss: Tensor) -> None:
+            began = time.perf_counter()
+            passes.run(capture, loss, n, scale=1.0 if self._scale == 1 else self._scale / n, after_pass=hand_over)
+            self.label_seconds += time.perf_counter() - began
+
+        return run
+
     @contextmanager
-    def _back_propagated(self, n: int, batch: Any, *, is_checked: bool) -> Iterator[Answer]:
+    def _back_propagated(
+        self, n: int, batch: Any, *, is_checked: bool, passes: Callable[[Tensor], None] | None = None
+    ) -> Iterator[Answer]:
         def objective(model: nn.Module, batch: Any) -> Answer:
             if is_checked:
                 self.tracking.start_check()
             return self._objective(model, batch)
 
         capture = self.tracking.capture
+        capture.keep_graph(passes is not None)
         try:
             with (
                 self._precision(),
-                back_propagated(self._model, capture, batch, objective, scale=self._scale) as answer,
+                back_propagated(
+                    self._model, capture, batch, objective, scale=self._scale, before_backward=passes
+                ) as answer,
             ):
                 if answer.values is not None and len(answer.values) != n:
                     raise RowIndexError(
@@ -271,6 +315,10 @@ class Sweep:
             raise CaptureError(str(error)) from error
         finally:
             capture.clear()
+
+
+def _nothing_of(gradient: LayerGradient) -> LayerGradient:
+    return gradient[:0]
 
 
 def _objective(model: nn.Module, training_loss: Measurement | None, instead: str) -> Objective:
@@ -310,13 +358,14 @@ def finish_sweep(
     """
     factors, counts = recorder.factors(), recorder.counts()
     agreement, digest = sweep.agreement(recorder, factors), weights_hash(model)
+    cost = LabelCost(sweep.label_seconds, time.monotonic() - sweep.began, "sweep")
     recorder.finish(
         factors,
         attributes={
             "rows": "final",
             "weights_hash_start": digest,
             "weights_hash_end": digest,
-            "fisher": "empirical",
+            **fisher_attributes(sweep.labels, recorder.labels),
             "staleness_spearman": agreement.staleness,
             "staleness_note": agreement.note,
             "codec_spearman": agreement.codec,
@@ -326,6 +375,8 @@ def finish_sweep(
             "coverage": sweep.tracking.coverage.to_builtins(),
             "loss": recorder.loss,
             "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+            **fisher_document(sweep.labels, recorder.labels, cost),
         },
     )
+    report_labels(sweep.labels, recorder.labels, cost)
     return agreement, counts

@@ -1,0 +1,143 @@
+"""Labels that the model predicts where training is not one plain process: ranks, compiled models, resumed runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_influence import InfluenceCallback
+from lightning_influence.store import StoreReader
+from tests.integration.models import Task, seeded, stored_factors, train, vector_data
+from tests.integration.test_compiled import WAYS
+from tests.matrix.processes import ODD, processes
+from tests.matrix.running import train as train_situation
+from tests.matrix.situation import Net, Situation
+
+
+def factors_of(path: Path) -> dict[str, list[Tensor]]:
+    """A and S put together again, and the sum of Lambda: what eigenvectors' signs do not matter to."""
+    found = {}
+    for name, (basis, Lambda) in stored_factors(path).items():
+        A = basis.Q_A @ basis.eigenvalues_A.diag() @ basis.Q_A.T
+        S = basis.Q_S @ basis.eigenvalues_S.diag() @ basis.Q_S.T
+        found[name] = [A, S, Lambda.sum()]
+    return found
+
+
+def assert_same_factors(path: Path, other: Path, *, rtol: float) -> None:
+    found, expected = factors_of(path), factors_of(other)
+    assert len(found) == len(expected) > 0
+    for factors, others in zip(found.values(), expected.values(), strict=True):
+        for one, two in zip(factors, others, strict=True):
+            assert (one - two).norm() <= rtol * two.norm()
+
+
+# %%
+# Two ranks
+
+
+def forked(fisher: str, codec: str) -> Situation:
+    options = {"codec": codec, "fisher": fisher, "covariance_positions": None}
+    return processes("forked", "ddp_fork", influence=options)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("codec", ["pairs-float32", "eigen"])
+def test_two_ranks_have_the_exact_factors_of_one_process(tmp_path: Path, codec: str) -> None:
+    """Of 23 examples one rank gets one twice, which counts once."""
+    situation = forked("exact", codec)
+    alone = replace(situation, trainer=dict, process="this")
+    train_situation(alone, tmp_path / "one", is_captured=True, is_still=True)
+    train_situation(situation, tmp_path / "two", is_captured=True, is_still=True)
+    one, two = tmp_path / "one" / "influence.h5", tmp_path / "two" / "influence.h5"
+    attributes = StoreReader(two).attributes
+    assert (attributes["fisher"], attributes["processes"], attributes["rows_written"]) == ("exact", 2, ODD)
+    assert_same_factors(two, one, rtol=1e-3)  # gradients wait in float16
+    expected = StoreReader(one).attributes["effective_samples_S"]
+    assert attributes["effective_samples_S"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.ddp
+def test_drawing_labels_leaves_training_in_two_ranks_bit_identical(tmp_path: Path) -> None:
+    situation = forked("sampled", "pairs-float32")
+    runs = [
+        train_situation(situation, tmp_path / str(is_captured), is_captured=is_captured, is_still=False)
+        for is_captured in (False, True)
+    ]
+    assert runs[0].digest == runs[1].digest
+    assert StoreReader(tmp_path / "True" / "influence.h5").attributes["fisher"] == "sampled"
+
+
+# %%
+# Compiled models
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_models_have_the_exact_factors_of_eager_ones(tmp_path: Path, way: str) -> None:
+    torch._dynamo.reset()
+    for name, wrap in (("eager", None), ("compiled", WAYS[way])):
+        task = Task(seeded(Net))
+        callback = InfluenceCallback(tmp_path / f"{name}.h5", fisher="exact", codec="eigen", on_error="raise")
+        train(task if wrap is None else wrap(task, "aot_eager"), vector_data(), callback, max_epochs=2)
+    assert_same_factors(tmp_path / "compiled.h5", tmp_path / "eager.h5", rtol=1e-5)
+
+
+# %%
+# Several epochs, and runs that are resumed
+
+
+def test_segments_have_factors_each(tmp_path: Path) -> None:
+    """At weights that stand still, all the same."""
+    callback = InfluenceCallback(
+        tmp_path / "x.h5", fisher="exact", epochs="every", trajectory="segments", codec="eigen", on_error="raise"
+    )
+    train(Task(seeded(Net)), vector_data(), callback, max_epochs=3)
+    store = StoreReader(tmp_path / "x.h5")
+    assert len(store.segments) == 3
+    sums = [store.segment(number).factors(store.layers[0])["Lambda"].sum() for number in store.segments]
+    assert sums[1] == pytest.approx(sums[0], rel=1e-3)
+    assert sums[2] == pytest.approx(sums[0], rel=1e-3)
+
+
+class Stop(Callback):
+    """An exception in the middle of an epoch, after a checkpoint."""
+
+    def __init__(self, epoch: int, checkpoint: Path) -> None:
+        self.epoch, self.checkpoint = epoch, checkpoint
+
+    def on_train_batch_end(self, trainer: Trainer, model: LightningModule, *rest: object) -> None:
+        if (trainer.current_epoch, trainer.fit_loop.batch_idx) == (self.epoch, 2):
+            trainer.save_checkpoint(self.checkpoint)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stops_in", [1, 2])
+def test_a_run_that_is_resumed_has_factors_of_what_it_sees(tmp_path: Path, stops_in: int) -> None:
+    """Stopped in the epoch of the bases, no row is lost; in the captured one, sums and rows begin anew."""
+
+    def run(*others: Callback, **fit_options: object) -> None:
+        torch.manual_seed(0)
+        callback = InfluenceCallback(tmp_path / "x.h5", fisher="exact", codec="eigen", on_error="raise")
+        quiet = dict.fromkeys(
+            ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False
+        )
+        trainer = Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback, *others], **quiet)
+        trainer.fit(Task(seeded(Net)), DataLoader(vector_data(), batch_size=4), **fit_options)
+
+    checkpoint = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):  # as Lightning leaves when it is interrupted
+        run(Stop(stops_in, checkpoint))
+    run(ckpt_path=checkpoint)
+    attributes = StoreReader(tmp_path / "x.h5").attributes
+    assert attributes["fisher"] == "exact"
+    assert attributes["is_resumed"] == (stops_in == 2)
+    assert attributes["rows_missing"] == (10 if stops_in == 2 else 0)  # the loader begins anew, for three batches
+    for _, Lambda in stored_factors(tmp_path / "x.h5").values():
+        assert (Lambda >= 0).all()
+        assert 0 < Lambda.sum() < torch.inf

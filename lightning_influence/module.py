@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.attachment import find_store, matching_segment
-from lightning_influence.curvature import Curvature, Damping
+from lightning_influence.curvature import AnyDamping, Curvature
 from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage, TrackedLayer, find_layers
@@ -108,7 +108,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = ...,
+        damping: AnyDamping = ...,
         curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
         segments: Segments = ...,
@@ -120,7 +120,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = ...,
+        damping: AnyDamping = ...,
         curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
         segments: Segments = ...,
@@ -131,7 +131,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
         segments: Segments = None,
@@ -169,7 +169,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
     ) -> dict[int, Tensor]:
@@ -187,7 +187,7 @@ class InfluenceModule(LightningModule):
         k: int = 10,
         *,
         largest: bool = True,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
         segments: Segments = None,
@@ -201,7 +201,7 @@ class InfluenceModule(LightningModule):
     def self_influence(
         self,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -217,7 +217,7 @@ class InfluenceModule(LightningModule):
         batch: Any,
         indices: Tensor | np.ndarray | list[int],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
         segments: Segments = None,

@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature import (
+    AnyDamping,
     Curvature,
+    DampedLayer,
     Damping,
+    DampingOfLayers,
     HeuristicDamping,
     as_damping,
+    damping_by_layer,
     get_curvature,
 )
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.functional.ranking import top_k
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import LayerGradient
+from lightning_influence.penalties import read_penalties
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import Segments, answerable, check_is_mean, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader
@@ -74,7 +79,7 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -82,7 +87,8 @@ class InfluenceQuery:
 
         Args:
             queries: by layer, the gradients of *minus* the measurement, q of them.
-            damping: a rule, or a number added to every eigenvalue.
+            damping: a rule, a number added to every eigenvalue, or a mapping from names or patterns of
+                layers to these.
             curvature: "ekfac", "kfac", "identity", or one's own.
             segments: which segments of the file to sum over, and their weights; None for the store's own.
 
@@ -97,7 +103,7 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> dict[str, Tensor]:
@@ -109,7 +115,7 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
     ) -> dict[int, Tensor]:
         """Scores of this segment and of each before it: by its number, shape [q, N]; arguments as in `scores`."""
@@ -122,7 +128,7 @@ class InfluenceQuery:
         k: int = 10,
         *,
         largest: bool = True,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Attribution:
@@ -145,7 +151,7 @@ class InfluenceQuery:
     def self_influence(
         self,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -165,7 +171,7 @@ class InfluenceQuery:
         queries: Mapping[str, LayerGradient],
         indices: Tensor | np.ndarray | list[int],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -237,12 +243,13 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         curvature: Curvature,
-        damping: Damping,
+        damping: Damping | DampingOfLayers,
         group_of: Callable[[str], str],
     ) -> dict[str, Tensor]:
         """This segment's scores, added up over groups of layers; without a valid row they mean nothing."""
+        rules = self._rules(curvature, damping)
         projected = {
-            name: layer.precondition(queries[name].to(self.device), curvature, damping)
+            name: layer.precondition(queries[name].to(self.device), curvature, rules[name])
             for name, layer in self.layers.items()
         }
         q = len(next(iter(projected.values())))
@@ -251,11 +258,19 @@ class InfluenceQuery:
             scores[group_of(name)][:, rows] += self.layers[name].scores(projected[name], arrays).cpu()
         return scores
 
-    def _own_self_influence(self, curvature: Curvature, damping: Damping) -> Tensor:
-        result = torch.zeros(self.num_examples)
+    def _own_self_influence(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Tensor:
+        result, rules = torch.zeros(self.num_examples), self._rules(curvature, damping)
         for rows, name, arrays in self._chunks():
-            result[rows] += self.layers[name].self_influence(arrays, curvature, damping).cpu()
+            result[rows] += self.layers[name].self_influence(arrays, curvature, rules[name]).cpu()
         return result
+
+    def _rules(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Mapping[str, Damping]:
+        """Each layer's damping, by name."""
+        if not isinstance(damping, DampingOfLayers):
+            return dict.fromkeys(self.layers, damping)
+        penalties = read_penalties(self.store, self.layers)
+        seen = {n: DampedLayer(each.eigenvalues(curvature), *penalties[n]) for n, each in self.layers.items()}
+        return damping_by_layer(damping, seen)
 
     def _check_removed(self, chosen: Tensor, segments: Segments) -> None:
         if len(chosen.unique()) < len(chosen):

@@ -16,7 +16,7 @@ FLOORS = [
     {"processes"},
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
-    {"step", "scoring", "attachment", "segments"},
+    {"step", "scoring", "attachment", "segments", "penalties"},
     {"layer_plan"},
     {"layer_record"},
     {"blocks"},

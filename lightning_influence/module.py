@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_influence.attachment import find_store, matching_segment
 from lightning_influence.curvature import AnyDamping, Curvature
+from lightning_influence.damping_advice import DampingAdvice
 from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage, TrackedLayer, find_layers
@@ -245,6 +246,14 @@ class InfluenceModule(LightningModule):
         gradients = self._gradients(self._transferred(batch), measurement)
         options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
         return self._engine().removal_effect(gradients, indices, **options)
+
+    def recommend_damping(self) -> DampingAdvice:
+        """Which damping to ask this file with, and how much that matters; nothing but the file is read.
+
+        `TrainingDamping` of how the layers were trained, if the file says; else the default. Pass its `damping`
+        as `damping=`; print it to see why, and how scores would differ at others.
+        """
+        return self._engine().recommend_damping()
 
     @property
     def coverage(self) -> Coverage:

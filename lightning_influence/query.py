@@ -25,6 +25,7 @@ from lightning_influence.curvature import (
     damping_by_layer,
     get_curvature,
 )
+from lightning_influence.damping_advice import DampingAdvice, advise_damping
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.functional.ranking import top_k
 from lightning_influence.functional.structure import KroneckerStructure
@@ -74,6 +75,10 @@ class InfluenceQuery:
     def num_examples(self) -> int:
         """Length of the dataset, N."""
         return self.store.num_examples
+
+    def recommend_damping(self) -> DampingAdvice:
+        """Which damping to ask this file with, and how much that matters; nothing but the file is read."""
+        return advise_damping(self.store, self.layers, DEFAULT_DAMPING)
 
     def scores(
         self,

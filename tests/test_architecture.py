@@ -17,7 +17,7 @@ FLOORS = [
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
     {"step", "scoring", "attachment", "segments", "penalties"},
-    {"layer_plan"},
+    {"layer_plan", "damping_advice"},
     {"layer_record"},
     {"blocks"},
     {"row_file"},

@@ -158,8 +158,8 @@ class WeightDecayDamping:
 class TrainingDamping:
     """What kept the layer's weights back in training: weight decay, and that training stopped.
 
-    `decay` times the weight decay (see `WeightDecayDamping`) plus `stopping` over the training time, the sum of the
-    learning rates: gradient descent that stops after a time t is about as far as with a penalty 1/t on the way
+    `decay` times the weight decay (see `WeightDecayDamping`) plus `stopping` over the training time, the sum of
+    the learning rates: gradient descent that stops after a time t is about as far as with a penalty 1/t on the way
     from its first weights (Ali, Kolter & Tibshirani 2019, arXiv:1810.10082, for least squares). Momentum makes
     the time longer; Adam makes it shorter by the root of its second moments.
 
@@ -251,12 +251,13 @@ class LayerwiseDamping:
         fitting = {name: [p for p in self.rules if fnmatchcase(name, p)] for name in layers}
         without = [name for name, patterns in fitting.items() if not patterns]
         unused = [p for p in self.rules if not any(p in patterns for patterns in fitting.values())]
-        if without or unused:
-            told = (
-                f"gives {', '.join(without)} none" if without else f"names {', '.join(unused)}, which fit no layer"
+        listed = f"The layers are {', '.join(layers)}."
+        if without:
+            raise ValueError(
+                f"`damping` gives {', '.join(without)} none; add the pattern '*' for all others. {listed}"
             )
-            hint = "add the pattern '*' for all others" if without else "take them out, or correct them"
-            raise ValueError(f"`damping` {told}; {hint}. The layers are {', '.join(layers)}.")
+        if unused:
+            raise ValueError(f"`damping` names {', '.join(unused)}, which no layer fits; correct that. {listed}")
         found: dict[str, Damping] = {}
         for pattern, rule in self.rules.items():
             own = {name: layers[name] for name, patterns in fitting.items() if patterns[0] == pattern}

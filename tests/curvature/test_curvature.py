@@ -129,7 +129,7 @@ def test_a_damping_number_must_be_positive(value: float, make) -> None:
 
 @pytest.mark.parametrize("value", [True, "0.1", None, [0.1]])
 def test_a_damping_must_be_a_number_or_a_rule(value: object) -> None:
-    with pytest.raises(TypeError, match=r"must be a positive number or a rule such as HeuristicDamping"):
+    with pytest.raises(TypeError, match=r"must be a positive number, a rule such as HeuristicDamping"):
         as_damping(value)
 
 

@@ -11,6 +11,7 @@ root of their second moments v: its stopping, and AdamW's decay, act like penalt
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,9 +42,7 @@ class TrainingTime:
         if self._is_whole is None:
             self._is_whole = self._trainer.global_step == 0  # a resumed run had steps that nobody counted
         for group in optimizer.param_groups:
-            rate = group.get("lr", math.nan)
-            is_far = isinstance(rate, Tensor) and rate.device.type != "cpu"  # reading it would wait for the device
-            self._sums[id(group)] = self._sums.get(id(group), 0.0) + (math.nan if is_far else float(rate))
+            self._sums[id(group)] = self._sums.get(id(group), 0.0) + _number(group.get("lr"))
 
     def of(self, group: Group) -> float:
         """The sum of a parameter group's learning rates; NaN if it is not known."""
@@ -81,16 +80,16 @@ def describe_penalties(
 def _describe(
     optimizer: Optimizer, group: Group, parameter: Tensor, time: TrainingTime, scale: float
 ) -> dict[str, object]:
-    decay = float(group.get("weight_decay", math.nan))
+    decay = _number(group.get("weight_decay"))
     is_decoupled = isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
     root = _root_second_moment(optimizer, group, parameter)
     is_plain = type(optimizer).__module__.startswith("torch.optim")  # which adds the decay to the gradient
-    penalty = decay * root if is_decoupled else decay if is_plain else 0.0 if decay == 0 else math.nan
+    penalty = decay * root if is_decoupled else decay if is_plain else math.nan
     time_passed = time.of(group) * _lengthening(group)
     return {
         "optimizer": type(optimizer).__name__,
         "weight_decay": _finite(decay),
-        "decay": _finite(scale * penalty),
+        "decay": _finite(scale * penalty) if decay else 0.0,
         "stopping": _finite(scale * root / time_passed) if time_passed else None,
     }
 
@@ -101,7 +100,7 @@ def _root_second_moment(optimizer: Optimizer, group: Group, parameter: Tensor) -
         return 1.0
     state = optimizer.state.get(parameter, {})
     moments = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-    if not isinstance(optimizer, Adam | AdamW) or moments is None:
+    if not isinstance(optimizer, Adam | AdamW) or moments is None or "step" not in state:
         return math.nan
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
     return float((moments.double() / correction).sqrt().mean()) + float(group["eps"])
@@ -109,8 +108,17 @@ def _root_second_moment(optimizer: Optimizer, group: Group, parameter: Tensor) -
 
 def _lengthening(group: Group) -> float:
     """How much longer steps are for their momentum."""
-    momentum = group.get("momentum", 0.0)
-    return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
+    momentum, dampening = _number(group.get("momentum", 0.0)), _number(group.get("dampening", 0.0))
+    if momentum == 0:
+        return 1.0
+    return (1 - dampening) / (1 - momentum) if momentum < 1 else math.nan
+
+
+def _number(value: object) -> float:
+    """NaN for what is none, and for what would make us wait for a device."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and value.device.type == "cpu" else math.nan
+    return float(value) if isinstance(value, numbers.Real) else math.nan
 
 
 def _finite(value: float) -> float | None:

@@ -143,7 +143,7 @@ class InfluenceModule(LightningModule):
         Args:
             batch: q queries, as `training_step` takes a batch (labels are part of the question:
                 "why this answer?" takes the answer as the label).
-            damping: added to each layer's eigenvalues: a rule, by default 0.1 times their mean, a number, or
+            damping: added to each layer's eigenvalues: a rule, by default their mean, a number, or
                 a mapping from layers' names or patterns to these. Another one needs no new capture;
                 `recommend_damping` says which to take.
             curvature: "ekfac", "kfac" or "identity" (plain dot products of gradients).

@@ -36,7 +36,7 @@ from lightning_influence.segments import Segments, answerable, check_is_mean, se
 from lightning_influence.store import StoreReader
 
 CHUNK_EXAMPLES = 4096
-DEFAULT_DAMPING = HeuristicDamping(0.1)
+DEFAULT_DAMPING = HeuristicDamping()
 
 
 class Attribution(NamedTuple):

@@ -111,7 +111,7 @@ def test_a_direction_without_gradient_is_damped_and_finite(curvature: str) -> No
 
 def test_heuristic_damping_is_a_share_of_the_mean() -> None:
     assert HeuristicDamping(0.25)(torch.tensor([[2.0, 6.0]])).item() == 1.0
-    assert HeuristicDamping().factor == 0.1
+    assert HeuristicDamping().factor == 1.0
 
 
 @pytest.mark.parametrize("factor", [0.0, -0.1, math.nan, math.inf])

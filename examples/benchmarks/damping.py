@@ -41,7 +41,7 @@ from lightning_influence.curvature import GlobalDamping, HeuristicDamping, Train
 
 FACTORS = (1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 GLOBAL = (0.1, 0.3, 1.0)
-DECAYS, STOPPINGS = (1.0, 2.0, 3.0), (0.02, 0.03, 0.05, 0.1)
+DECAYS, STOPPINGS = (1.0, 2.0, 3.0), (0.02, 0.05, 0.1)
 CHOSEN = TrainingDamping()
 Scores = dict[str, float]
 

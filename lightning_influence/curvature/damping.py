@@ -113,7 +113,7 @@ class WeightDecayDamping:
     With weight decay l, training seeks a minimum of L + l/2 |weights|^2, whose curvature is that of L plus l: so
     where the eigenvalues are those of the Hessian, this is no approximation but the objective's own. AdamW's
     decay is that of a penalty whose factor is l times the root of its second moments (Loshchilov & Hutter 2019,
-    arXiv:1711.05101, Proposition 3), of which the layer's mean is taken.
+    arXiv:1711.05101), of which the layer's mean is taken.
 
     Args:
         factor: positive.
@@ -174,7 +174,7 @@ class TrainingDamping:
     Example:
         >>> import torch
         >>> layers = {"head": DampedLayer(torch.ones(2, 2), decay=0.01, stopping=0.5)}
-        >>> TrainingDamping(decay=1, stopping=0.1).for_layers(layers)["head"](torch.ones(2, 2))
+        >>> round(TrainingDamping(decay=1, stopping=0.1).for_layers(layers)["head"](torch.ones(2, 2)), 6)
         0.06
     """
 

@@ -4,7 +4,7 @@ With L the trained loss, weight decay l seeks a minimum of L + l/2 |w|^2. Gradie
 rates that sum up to t is at the minimum of about L + 1/(2t) |w - w_0|^2 (Ali, Kolter & Tibshirani 2019,
 arXiv:1810.10082, for least squares). Momentum m makes steps 1/(1 - m) times as long. Adam divides gradients by the
 root of their second moments v: its stopping, and AdamW's decay, act like penalties v^1/2 times as large
-(Loshchilov & Hutter 2019, arXiv:1711.05101, Proposition 3), of which a layer's mean is taken; Adam's own
+(Loshchilov & Hutter 2019, arXiv:1711.05101), of which a layer's mean is taken; Adam's own
 `weight_decay` is a penalty as it is.
 """
 

@@ -1,7 +1,7 @@
 """Influence functions for PyTorch Lightning: captured while the model trains, asked for ever after."""
 
 from lightning_influence.callback import InfluenceCallback
-from lightning_influence.curvature import HeuristicDamping
+from lightning_influence.curvature import GlobalDamping, HeuristicDamping, TrainingDamping, WeightDecayDamping
 from lightning_influence.errors import InfluenceError
 from lightning_influence.gradients import FactoredGradient
 from lightning_influence.layers import LayerAdapter, register_adapter
@@ -14,11 +14,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Attribution",
     "FactoredGradient",
+    "GlobalDamping",
     "HeuristicDamping",
     "InfluenceCallback",
     "InfluenceError",
     "InfluenceModule",
     "LayerAdapter",
+    "TrainingDamping",
+    "WeightDecayDamping",
     "capture",
     "register_adapter",
 ]

@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.attachment import find_store, matching_segment
-from lightning_influence.curvature import Curvature, Damping
+from lightning_influence.curvature import AnyDamping, Curvature
+from lightning_influence.damping_advice import DampingAdvice
 from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
 from lightning_influence.fisher import describe_fisher
 from lightning_influence.gradients import LayerGradient
@@ -109,7 +110,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = ...,
+        damping: AnyDamping = ...,
         curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
         segments: Segments = ...,
@@ -121,7 +122,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = ...,
+        damping: AnyDamping = ...,
         curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
         segments: Segments = ...,
@@ -132,7 +133,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
         segments: Segments = None,
@@ -143,8 +144,9 @@ class InfluenceModule(LightningModule):
         Args:
             batch: q queries, as `training_step` takes a batch (labels are part of the question:
                 "why this answer?" takes the answer as the label).
-            damping: added to each layer's eigenvalues: a rule, by default 0.1 times their mean, or
-                a number. Another one needs no new capture.
+            damping: added to each layer's eigenvalues: a rule, by default their mean, a number, or
+                a mapping from layers' names or patterns to these. Another one needs no new capture;
+                `recommend_damping` says which to take.
             curvature: "ekfac", "kfac", "diagonal" (of the parameters), "empirical_fisher" (the rows' own, which
                 wants more damping: start at `HeuristicDamping(10.0)`) or "identity" (plain dot products of
                 gradients).
@@ -172,7 +174,7 @@ class InfluenceModule(LightningModule):
         self,
         batch: Any,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
     ) -> dict[int, Tensor]:
@@ -190,7 +192,7 @@ class InfluenceModule(LightningModule):
         k: int = 10,
         *,
         largest: bool = True,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
         segments: Segments = None,
@@ -204,7 +206,7 @@ class InfluenceModule(LightningModule):
     def self_influence(
         self,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -220,7 +222,7 @@ class InfluenceModule(LightningModule):
         batch: Any,
         indices: Tensor | np.ndarray | list[int],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
         segments: Segments = None,
@@ -248,6 +250,14 @@ class InfluenceModule(LightningModule):
         gradients = self._gradients(self._transferred(batch), measurement)
         options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
         return self._engine().removal_effect(gradients, indices, **options)
+
+    def recommend_damping(self) -> DampingAdvice:
+        """Which damping to ask this file with, and how much that matters; nothing but the file is read.
+
+        `TrainingDamping` of how the layers were trained, if the file says; else the default. Pass its `damping`
+        as `damping=`; print it to see why, and how scores would differ at others.
+        """
+        return self._engine().recommend_damping()
 
     @property
     def coverage(self) -> Coverage:

@@ -16,24 +16,30 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature import (
+    AnyDamping,
     Curvature,
+    DampedLayer,
     Damping,
+    DampingOfLayers,
     HeuristicDamping,
     RowCurvature,
     as_damping,
+    damping_by_layer,
     get_curvature,
 )
+from lightning_influence.damping_advice import DampingAdvice, advise_damping
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.functional.ranking import top_k
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import LayerGradient
+from lightning_influence.penalties import read_penalties
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import Segments, answerable, check_is_mean, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader
 from lightning_influence.stored_rows import StoredRows
 
 CHUNK_EXAMPLES = 4096
-DEFAULT_DAMPING = HeuristicDamping(0.1)
+DEFAULT_DAMPING = HeuristicDamping()
 
 
 class Attribution(NamedTuple):
@@ -74,11 +80,15 @@ class InfluenceQuery:
         """Length of the dataset, N."""
         return self.store.num_examples
 
+    def recommend_damping(self) -> DampingAdvice:
+        """Which damping to ask this file with, and how much that matters; nothing but the file is read."""
+        return advise_damping(self.store, self.layers, DEFAULT_DAMPING)
+
     def scores(
         self,
         queries: Mapping[str, LayerGradient],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -86,7 +96,8 @@ class InfluenceQuery:
 
         Args:
             queries: by layer, the gradients of *minus* the measurement, q of them.
-            damping: a rule, or a number added to every eigenvalue.
+            damping: a rule, a number added to every eigenvalue, or a mapping from names or patterns of
+                layers to these.
             curvature: "ekfac", "kfac", "diagonal", "empirical_fisher", "identity", or one's own.
             segments: which segments of the file to sum over, and their weights; None for the store's own.
 
@@ -101,7 +112,7 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> dict[str, Tensor]:
@@ -113,7 +124,7 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
     ) -> dict[int, Tensor]:
         """Scores of this segment and of each before it: by its number, shape [q, N]; arguments as in `scores`."""
@@ -126,7 +137,7 @@ class InfluenceQuery:
         k: int = 10,
         *,
         largest: bool = True,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Attribution:
@@ -149,7 +160,7 @@ class InfluenceQuery:
     def self_influence(
         self,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -169,7 +180,7 @@ class InfluenceQuery:
         queries: Mapping[str, LayerGradient],
         indices: Tensor | np.ndarray | list[int],
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str | Curvature = "ekfac",
         segments: Segments = None,
     ) -> Tensor:
@@ -241,31 +252,32 @@ class InfluenceQuery:
         self,
         queries: Mapping[str, LayerGradient],
         curvature: Curvature,
-        damping: Damping,
+        damping: Damping | DampingOfLayers,
         group_of: Callable[[str], str],
     ) -> dict[str, Tensor]:
         """This segment's scores, added up over groups of layers; without a valid row they mean nothing."""
         scores: dict[str, Tensor] = {}
+        rules = self._rules(curvature, damping)
         for name, layer in self.layers.items():
-            preconditioned = layer.precondition(queries[name].to(self.device), curvature, damping)
+            preconditioned = layer.precondition(queries[name].to(self.device), curvature, rules[name])
             added = scores.setdefault(group_of(name), torch.zeros(len(preconditioned), self.num_examples))
             own = torch.zeros_like(added) if isinstance(curvature, RowCurvature) else added
             for rows, arrays in self._chunks(name):
                 own[:, rows] += layer.scores(preconditioned, arrays).cpu()
             if isinstance(curvature, RowCurvature):
-                part = curvature.rows_part(self._rows(name), layer.Lambda, damping)
+                part = curvature.rows_part(self._rows(name), layer.Lambda, rules[name])
                 added[:, self.valid] += part.scores(own[:, self.valid]).float().cpu()
         return scores
 
-    def _own_self_influence(self, curvature: Curvature, damping: Damping) -> Tensor:
-        result = torch.zeros(self.num_examples)
+    def _own_self_influence(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Tensor:
+        result, rules = torch.zeros(self.num_examples), self._rules(curvature, damping)
         for name, layer in self.layers.items():
             if isinstance(curvature, RowCurvature):
-                part = curvature.rows_part(self._rows(name), layer.Lambda, damping)
+                part = curvature.rows_part(self._rows(name), layer.Lambda, rules[name])
                 result[self.valid] += part.self_influence().float().cpu()
                 continue
             for rows, arrays in self._chunks(name):
-                result[rows] += layer.self_influence(arrays, curvature, damping).cpu()
+                result[rows] += layer.self_influence(arrays, curvature, rules[name]).cpu()
         return result
 
     def _rows(self, name: str) -> StoredRows:
@@ -273,6 +285,14 @@ class InfluenceQuery:
         where, maps = f"layer {name!r} of {self.store.path}", self.store.rows(name)
         codec, valid = self.layers[name].codec, self.valid
         return StoredRows(where, maps, codec, valid, device=self.device, kept=self._row_products)
+
+    def _rules(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Mapping[str, Damping]:
+        """Each layer's damping, by name."""
+        if not isinstance(damping, DampingOfLayers):
+            return dict.fromkeys(self.layers, damping)
+        penalties = read_penalties(self.store, self.layers)
+        seen = {n: DampedLayer(each.eigenvalues(curvature), *penalties[n]) for n, each in self.layers.items()}
+        return damping_by_layer(damping, seen)
 
     def _check_removed(self, chosen: Tensor, segments: Segments) -> None:
         if len(chosen.unique()) < len(chosen):

@@ -63,6 +63,17 @@ class ScoredLayer:
             raise ValueError(f"Lambda must be float32 {basis.shape}, got {Lambda.dtype} {tuple(Lambda.shape)}")
         return cls(basis, Lambda, codec_from_config(codec_id, config, tensors, basis))
 
+    def eigenvalues(self, curvature: Curvature) -> Tensor:
+        """What the curvature adds damping to, shape [o, i]; Lambda if it adds none."""
+        seen = [self.Lambda]
+
+        def see(eigenvalues: Tensor) -> float:
+            seen.append(eigenvalues)
+            return 1.0
+
+        curvature.inverse_eigenvalues(self.basis, self.Lambda, see)
+        return seen[-1]
+
     def precondition(self, query: LayerGradient, curvature: Curvature, damping: Damping) -> Tensor:
         """(G + damping)^-1 times the queries' gradients, as the codec takes them."""
         basis = basis_of(curvature, self.basis)

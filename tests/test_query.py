@@ -42,10 +42,10 @@ from tests.reference.scores import reference_scores, self_influence
 N = 12
 SHUFFLED = [7, 2, 11, 0, 5, 9, 1, 10, 3, 8, 4, 6]
 CURVATURES = {
-    "ekfac": ekfac_curvature(heuristic_damping(0.1)),
-    "kfac": kfac_curvature(heuristic_damping(0.1)),
-    "diagonal": diagonal_curvature(heuristic_damping(0.1)),
-    "empirical_fisher": empirical_fisher_curvature(heuristic_damping(0.1)),
+    "ekfac": ekfac_curvature(heuristic_damping(1.0)),
+    "kfac": kfac_curvature(heuristic_damping(1.0)),
+    "diagonal": diagonal_curvature(heuristic_damping(1.0)),
+    "empirical_fisher": empirical_fisher_curvature(heuristic_damping(1.0)),
     "identity": identity_curvature,
 }
 MODELS = {
@@ -120,7 +120,7 @@ def test_scores_by_layer_add_up_to_the_scores(recorded: InfluenceQuery, asked: d
 def test_a_layer_of_the_scores_is_that_layers_reference(recorded: InfluenceQuery, asked: dict) -> None:
     data, queries = classification_examples(N), classification_examples(3, seed=9)
     for name, found in recorded.scores_by_layer(asked).items():
-        curvature = ekfac_curvature(heuristic_damping(0.1))
+        curvature = ekfac_curvature(heuristic_damping(1.0))
         expected = reference_scores(
             seeded_classifier(), data, queries, classification_loss, [name], curvature=curvature
         )

@@ -59,6 +59,10 @@ def cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
+def softmax_regression() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
 class Block(nn.Module):
     """Causal self-attention and a perceptron, each on normalized inputs and added to them."""
 
@@ -134,6 +138,12 @@ def text_windows() -> tuple[Data, Data]:
     chosen = np.random.default_rng(0).permutation(len(inputs))
     train, test = chosen[:1000], chosen[1000:]
     return (inputs[train], targets[train]), (inputs[test], targets[test])
+
+
+def short_windows() -> tuple[Data, Data]:
+    """The first 16 characters of each of the windows."""
+    train, test = text_windows()
+    return (train[0][:, :16], train[1][:, :16]), (test[0][:, :16], test[1][:, :16])
 
 
 # %%
@@ -243,6 +253,52 @@ TASKS = {
     )
 }
 
+OTHER_TASKS = {  # on which what was chosen on the tasks above is checked (`damping.py`)
+    task.name: task
+    for task in (
+        Task(
+            "softmax",
+            softmax_regression,
+            functools.partial(SGD, lr=0.02, momentum=0.9, weight_decay=1e-3),
+            digit_images,
+            epochs=20,
+            batch_size=64,
+            num_subsets=60,
+            num_seeds=3,
+        ),
+        Task(
+            "mlp, AdamW",
+            mlp,
+            functools.partial(AdamW, lr=1e-3, weight_decay=0.1),
+            digit_images,
+            epochs=15,
+            batch_size=64,
+            num_subsets=60,
+            num_seeds=3,
+        ),
+        Task(
+            "cnn, AdamW",
+            cnn,
+            functools.partial(AdamW, lr=3e-3),
+            fashion_images,
+            epochs=15,
+            batch_size=64,
+            num_subsets=60,
+            num_seeds=3,
+        ),
+        Task(
+            "short transformer",
+            _transformer,
+            functools.partial(AdamW, lr=5e-3),
+            short_windows,
+            epochs=8,
+            batch_size=32,
+            num_subsets=60,
+            num_seeds=3,
+        ),
+    )
+}
+
 
 # %%
 # The truth
@@ -293,6 +349,11 @@ class Truth:
         return self.num_models == self.log_likelihoods[..., 0].size
 
 
+def find_task(name: str) -> Task:
+    """One of `TASKS` or `OTHER_TASKS`."""
+    return (TASKS | OTHER_TASKS)[name]
+
+
 def truth_file(task: Task, cache: Path) -> Path:
     return cache / f"{task.name}-{task.fingerprint()}.npz"
 
@@ -320,7 +381,7 @@ def retrain(job: tuple[str, int, int]) -> tuple[int, int, np.ndarray]:
     """Train on one half with one seed; the log-likelihoods of the queries, [q]."""
     torch.set_num_threads(1)
     name, subset, seed = job
-    task = TASKS[name]
+    task = find_task(name)
     chosen = np.flatnonzero(_subsets_of(name)[subset])
     net = train_plainly(task, chosen, 1_000_000 + 1000 * seed + subset)
     with torch.no_grad():
@@ -329,7 +390,7 @@ def retrain(job: tuple[str, int, int]) -> tuple[int, int, np.ndarray]:
 
 @functools.cache
 def _subsets_of(name: str) -> np.ndarray:
-    return TASKS[name].subsets()
+    return find_task(name).subsets()
 
 
 def compute_truth(task: Task, cache: Path, workers: int = 1) -> Truth:

@@ -68,7 +68,9 @@ What a captured run adds
     sum of weight times occurrences times gradient over the epochs, divided by the sum of the weights
     (``trajectory.merge``). Documents: ``layers``
     (in the model's order: name, ``has_bias``, ``batch_dim``, ``structure``, codec, its config),
-    ``coverage``, ``loss``, ``versions``.
+    ``coverage``, ``loss``, ``versions`` and, of runs that were captured in training, ``penalties``: by layer, the
+    ``optimizer``, its ``weight_decay``, and the factors l of the penalties l/2 |w|^2 on each example that act as
+    this ``decay`` and as the end of training (``stopping``) did, null where not known (``training.penalties``).
 
     A layer is a matrix of parameters, whose gradient G is ``[o, i]`` for an example; its name is the
     module's, with a last part where the module has several ("attention.in_proj"). ``batch_dim`` is the

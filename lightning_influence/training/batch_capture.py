@@ -29,6 +29,7 @@ from lightning_influence.training.asking import copied
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.labels import LabelCapture
 from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.penalties import TrainingTime
 from lightning_influence.training.surroundings import (
     backpropagated_factor,
     backward_averages,
@@ -95,6 +96,7 @@ class BatchCapture:
     Attributes:
         processes: that train together.
         tracking: the layers.
+        time: that training took, in learning rates.
         first_batch: a copy of the first batch, for whoever wants to ask about it.
         first_size: number of its rows.
     """
@@ -109,6 +111,7 @@ class BatchCapture:
         self.trainer, self.model = trainer, model
         self._options, self._wanted = options, wanted
         self.processes = ALONE
+        self.time = TrainingTime(trainer)
         self.first_batch: Any = None
         self.first_size = 0
         self._sizes: Sequence[int] = ()
@@ -189,6 +192,7 @@ class BatchCapture:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer applies the gradients of its parameters."""
+        self.time.add(optimizer)
         if not self._waiting:
             return
         applied = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -11,21 +11,21 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.weights import weights_hash
-from lightning_influence.layers import TrackedLayer
 from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
-from lightning_influence.training.batch_capture import CapturedBatch
+from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch
 from lightning_influence.training.fisher_report import LabelCost, fisher_attributes, fisher_document, report_labels
 from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.penalties import describe_penalties
 from lightning_influence.training.staleness import Agreement, StalenessProbe
-from lightning_influence.training.surroundings import LayerRates
+from lightning_influence.training.surroundings import LayerRates, backpropagated_factor
 from lightning_influence.training.tracking import LayerTracking
 
 
@@ -33,11 +33,9 @@ class EpochCapture:
     """Capture of one epoch, from its first batch to its file.
 
     Args:
-        trainer: of the fit, at the start of the epoch's first captured batch.
-        model: in training.
+        captured: of the fit's batches, at the start of the epoch's first captured one.
         options: what the user asked for.
         processes: that train together; the first one writes what is not rows.
-        layers: that are tracked.
 
     Attributes:
         recorder: of the rows; None until it is known how layers are stored.
@@ -45,14 +43,16 @@ class EpochCapture:
 
     def __init__(
         self,
-        trainer: Trainer,
-        model: LightningModule,
+        captured: BatchCapture,
         options: CaptureOptions,
         processes: Processes,
-        layers: Mapping[str, TrackedLayer],
     ) -> None:
         self.recorder: Recorder | None = None
+        trainer, model, layers = captured.trainer, captured.model, captured.tracking.layers
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
+        self._time = captured.time
+        self._scales: list[Tensor] = []  # of steps, how an example's own loss is to its part in the trained one
+        self._backpropagated = 1.0
         self._staleness = StalenessProbe()
         self._rates = LayerRates(trainer, layers, is_wanted=options.merges)
         self._batches = 0
@@ -75,6 +75,7 @@ class EpochCapture:
     def see(self, batch: Any, rows: np.ndarray, batch_idx: int) -> None:
         """Before `training_step` can change the batch."""
         self._rates.add()
+        self._backpropagated = backpropagated_factor(self._trainer, self._model)
         if self._processes.is_first and not self._options.merges and (rows != NO_ROW).all():
             self._staleness.see(batch, rows, batch_idx, self._trainer.num_training_batches)
 
@@ -85,6 +86,7 @@ class EpochCapture:
         self._label_seconds += batch.label_seconds
         for gradients in batch.labels:
             self.recorder.add_labels(gradients)
+        self._scales.append(batch.step.scale.factor.detach() * (self._backpropagated / len(batch.rows)))
         self.recorder.update(
             batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )
@@ -153,7 +155,7 @@ class EpochCapture:
                 agreement = self._staleness.measure(
                     trainer, model, tracking.layers, self._options.loss, recorder, layers
                 )
-                documents = documents_of(recorder, tracking, datasets)
+                documents = self.documents(tracking, datasets)
                 documents |= fisher_document(self._options.label_source, recorder.labels, cost)
         recorder.finish(layers, attributes=self.attributes(agreement, is_whole=is_whole), documents=documents)
         with self._processes.together():
@@ -184,6 +186,17 @@ class EpochCapture:
         final = self._final_attributes(agreement or Agreement()) if self._processes.is_first else {}
         return {**self._attributes, **final, "is_whole": is_whole and not self._is_resumed}
 
+    def documents(self, tracking: LayerTracking, datasets: Sequence[DatasetRange]) -> dict[str, object]:
+        """What the file says of the run, after the epoch's last batch."""
+        assert self.recorder is not None
+        return {
+            "coverage": tracking.coverage.to_builtins(),
+            "loss": self.recorder.loss,
+            "penalties": describe_penalties(self._trainer, tracking.layers, self._time, self._scales),
+            "datasets": [dataset._asdict() for dataset in datasets],
+            "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
+        }
+
     def next_bases(self) -> Mapping[str, Eigenbasis]:
         """After `finish`: this epoch's bases, for the next."""
         assert self.recorder is not None
@@ -212,15 +225,3 @@ class EpochCapture:
             "staleness_note": agreement.note,
             "codec_spearman": agreement.codec,
         }
-
-
-def documents_of(
-    recorder: Recorder, tracking: LayerTracking, datasets: Sequence[DatasetRange]
-) -> dict[str, object]:
-    """What a file says of the run that it was captured in."""
-    return {
-        "coverage": tracking.coverage.to_builtins(),
-        "loss": recorder.loss,
-        "datasets": [dataset._asdict() for dataset in datasets],
-        "versions": {"lightning": lightning.__version__, "torch": torch.__version__},
-    }

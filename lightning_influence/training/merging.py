@@ -20,7 +20,7 @@ from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.store import StoreWriter
 from lightning_influence.training import report
-from lightning_influence.training.epoch import EpochCapture, documents_of
+from lightning_influence.training.epoch import EpochCapture
 from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.options import CaptureOptions
 from lightning_influence.training.staleness import Agreement
@@ -100,7 +100,7 @@ class TrajectoryCapture:
         assert capture.recorder is not None
         with self._processes.together():
             attributes = capture.attributes(is_whole=is_whole)
-            documents = documents_of(capture.recorder, tracking, datasets)
+            documents = capture.documents(tracking, datasets)
             rates = capture.learning_rates()
         facts = {k: attributes[k] for k in EPOCH_FACTS if k in attributes}
         try:

@@ -168,8 +168,7 @@ class CaptureSession:
                 return
         if self._records_rows:
             if self._capture is None:
-                layers = self._batches.tracking.layers
-                self._capture = EpochCapture(self.trainer, self.model, self.options, self.processes, layers)
+                self._capture = EpochCapture(self._batches, self.options, self.processes)
                 if not self._is_unmixed:
                     self._batches.keep(batch, len(rows))
             self._capture.see(batch, rows, batch_idx)

@@ -167,7 +167,7 @@ def rank_agreement(
     queries = min(QUERIES, examples, max(4, 4 * CHUNK_ELEMENTS // largest))
     scores = torch.zeros(3, queries, examples)
     for name, layer in layers.items():
-        inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping())
+        inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
         asked = layer.basis.rotate(final[name][:queries]) * inverse
         projected = layer.codec.project(asked, layer.basis)
         scores[0] += layer.codec.scores(projected, stored[name]).cpu()

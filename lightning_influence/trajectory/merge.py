@@ -345,7 +345,7 @@ class Trajectory:
         asked_rows = sample[:QUERIES]
         scores = torch.zeros(2, len(asked_rows), len(sample))
         for name, layer in layers.items():
-            inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping())
+            inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
             step = self._chunk_examples(name)
             asked = torch.cat(
                 [

@@ -115,7 +115,7 @@ def test_a_direction_without_gradient_is_damped_and_finite(curvature: str) -> No
 
 def test_heuristic_damping_is_a_share_of_the_mean() -> None:
     assert HeuristicDamping(0.25)(torch.tensor([[2.0, 6.0]])).item() == 1.0
-    assert HeuristicDamping().factor == 0.1
+    assert HeuristicDamping().factor == 1.0
 
 
 @pytest.mark.parametrize("factor", [0.0, -0.1, math.nan, math.inf])
@@ -133,7 +133,7 @@ def test_a_damping_number_must_be_positive(value: float, make) -> None:
 
 @pytest.mark.parametrize("value", [True, "0.1", None, [0.1]])
 def test_a_damping_must_be_a_number_or_a_rule(value: object) -> None:
-    with pytest.raises(TypeError, match=r"must be a positive number or a rule such as HeuristicDamping"):
+    with pytest.raises(TypeError, match=r"must be a positive number, a rule such as HeuristicDamping"):
         as_damping(value)
 
 

@@ -68,7 +68,7 @@ def main() -> None:
         query = InfluenceQuery(StoreReader(FOLDER / "schema_v3.h5", epoch))
         asked = captured(golden_net(epoch), 2, first=40).gradients(2).gradients
         for curvature in CURVATURES:
-            scores = query.scores(asked, damping=HeuristicDamping(), curvature=curvature)
+            scores = query.scores(asked, damping=HeuristicDamping(0.1), curvature=curvature)
             answers.setdefault(str(epoch), {})[curvature] = scores.tolist()
     (FOLDER / "schema_v3.json").write_text(json.dumps({**answers[str(LATEST)], "earlier": answers[str(EARLIER)]}))
 

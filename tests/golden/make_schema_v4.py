@@ -55,7 +55,7 @@ def main() -> None:
     query = InfluenceQuery(StoreReader(FOLDER / "schema_v4.h5"))
     asked = captured(net, 2, first=40).gradients(2).gradients
     answers = {
-        curvature: query.scores(asked, damping=HeuristicDamping(), curvature=curvature).tolist()
+        curvature: query.scores(asked, damping=HeuristicDamping(0.1), curvature=curvature).tolist()
         for curvature in CURVATURES
     }
     (FOLDER / "schema_v4.json").write_text(json.dumps(answers))

@@ -24,7 +24,7 @@ def test_a_file_answers_as_it_did(version: int, maker: ModuleType, curvature: st
     store.verify_rows()
     assert store.attributes["schema_version"] == version
     asked = maker.captured(maker.golden_net(), 2, first=40).gradients(2).gradients
-    found = InfluenceQuery(store).scores(asked, damping=HeuristicDamping(), curvature=curvature)
+    found = InfluenceQuery(store).scores(asked, damping=HeuristicDamping(0.1), curvature=curvature)
     check_scores(found, json.loads((FOLDER / f"schema_v{version}.json").read_text())[curvature])
 
 
@@ -42,7 +42,7 @@ def test_an_earlier_segment_answers_as_it_did(curvature: str) -> None:
     assert (earlier.layers, store.layers) == (("head",), ("head", "tokens"))
     net = make_schema_v3.golden_net(make_schema_v3.EARLIER)
     asked = make_schema_v3.captured(net, 2, first=40).gradients(2).gradients
-    found = InfluenceQuery(earlier).scores(asked, damping=HeuristicDamping(), curvature=curvature)
+    found = InfluenceQuery(earlier).scores(asked, damping=HeuristicDamping(0.1), curvature=curvature)
     check_scores(found, json.loads((FOLDER / "schema_v3.json").read_text())["earlier"][curvature])
 
 

@@ -653,7 +653,7 @@ def test_damping_that_is_not_positive_is_refused(
 
 
 def test_damping_of_another_type_is_refused(influence: InfluenceModule, batch: list[Tensor]) -> None:
-    with pytest.raises(TypeError, match="must be a positive number or a rule"):
+    with pytest.raises(TypeError, match="must be a positive number, a rule"):
         influence.scores(batch, damping="0.1")
 
 

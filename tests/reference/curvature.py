@@ -8,7 +8,7 @@ References: Grosse et al. 2023 (arXiv:2308.03296), George et al. 2018 (arXiv:180
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -98,3 +98,10 @@ def identity_curvature(activations: LayerActivations) -> Tensor:
 
 def _identity(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64)
+
+
+def global_damping(factor: float, matrices: Iterable[Tensor]) -> Damping:
+    """`factor` times the mean eigenvalue of the block-diagonal matrix of all layers: its trace over its size."""
+    blocks = list(matrices)
+    value = factor * sum(block.trace().item() for block in blocks) / sum(len(block) for block in blocks)
+    return absolute_damping(value)

@@ -112,7 +112,7 @@ def writer_to(target: str, source: str) -> Callable[[Columns, Sequence[np.ndarra
     def write(columns: Columns, scores: Sequence[np.ndarray] | None) -> str:
         joined = None if scores is None else np.concatenate(scores)
         writers[path.suffix](path, columns, joined)
-        queries = "" if joined is None else f", with scores for {len(joined):,} queries"
+        queries = "" if joined is None else f"; scores of {len(joined):,} quer{'y' if len(joined) == 1 else 'ies'}"
         return f"{path}: {len(columns['index']):,} examples, {', '.join(columns)}{queries}"
 
     return write

@@ -25,6 +25,7 @@ FLOORS = [
     {"trajectory"},
     {"training"},
     {"callback", "module"},
+    {"cli"},
     {"__init__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,246 @@
+"""Arguments in, one answer out: the parser, the commands, and errors as one line on stderr.
+
+Exit codes: 0, and 2 if the question cannot be answered as it was put; `verify` also has 1, for a file that is
+not sound. jsonargparse, the parser of Lightning's own command line, is needed here only (the extra `cli`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_influence.cli import checking, facts, loading, tables
+from lightning_influence.errors import InfluenceError
+from lightning_influence.query import InfluenceQuery
+from lightning_influence.store import StoreReader
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+PROGRAM = "lightning-influence"
+BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: its name and arguments; None for those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: after `--help`, and with code 2 if arguments cannot be parsed.
+    """
+    try:
+        parser = build_parser()
+    except ImportError:
+        return _fail(f"the command line needs jsonargparse; install it with `pip install '{PROGRAM}[cli]'`.")
+    arguments = parser.parse_args(argv)
+    options = arguments[arguments.subcommand]
+    try:
+        code = COMMANDS[arguments.subcommand].run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as with `| head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (InfluenceError, ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def info(options: Namespace) -> int:
+    """Print what a file holds."""
+    found = facts.facts_of(StoreReader(options.file))
+    _print(found, facts.text_of(found), options.json)
+    return 0
+
+
+def verify(options: Namespace) -> int:
+    """Check all of a file, and print what is wrong with it."""
+    report = checking.check(options.file)
+    print("\n".join([*report.problems, report.verdict]))
+    return 1 if report.problems else 0
+
+
+def top(options: Namespace) -> int:
+    """Print the examples with the largest, and the smallest, scores of each query."""
+    asked = loading.asked(options) | loading.measured(options)
+    influence = loading.load_influence(options)
+    ends = {"top": True, "bottom": False} if options.bottom else {"top": True}
+    queries: list[dict[str, Any]] = []
+    for batch in loading.batches(options):
+        found = {end: influence.top_k(batch, options.k, largest=largest, **asked) for end, largest in ends.items()}
+        for row in range(len(found["top"].indices)):
+            entry: dict[str, Any] = {"query": len(queries)}
+            for end, (indices, scores) in found.items():
+                entry[end] = tables.records(influence.store, indices[row], score=scores[row])
+            queries.append(entry)
+    _print(queries, tables.queries_text(queries), options.json)
+    return 0
+
+
+def self_influence(options: Namespace) -> int:
+    """Print the examples for which the model bends most: mislabelled and atypical ones."""
+    if options.top < 1:
+        raise ValueError(f"`--top` must be at least 1, got {options.top}.")
+    store = StoreReader(options.file)
+    values = InfluenceQuery(store).self_influence(**loading.asked(options))
+    indices = tables.largest(values, options.top)
+    found = tables.records(store, indices, self_influence=values[indices])
+    _print(found, tables.table(found), options.json)
+    return 0
+
+
+def export(options: Namespace) -> int:
+    """Write every example's columns and self-influence, and scores if there are queries, to .csv or .npz."""
+    write = tables.writer_to(options.to, options.file)
+    asked = loading.asked(options)
+    if not (options.checkpoint or options.model or options.data or options.measurement):
+        store, scores = StoreReader(options.file), None
+    else:
+        measured = asked | loading.measured(options)
+        influence = loading.load_influence(options)
+        scores = [influence.scores(batch, **measured).numpy() for batch in loading.batches(options)]
+        store = influence.store
+    columns = tables.columns(store) | {"self_influence": InfluenceQuery(store).self_influence(**asked).numpy()}
+    print(write(columns, scores))
+    return 0
+
+
+class Command:
+    """A subcommand: what it does, in a line, and its arguments.
+
+    Args:
+        run: from parsed arguments to the exit code.
+        about: for the list of commands; what follows is for its own help.
+        add_arguments: adds them to the parser.
+    """
+
+    def __init__(
+        self, run: Callable[[Namespace], int], about: str, *add_arguments: Callable[[ArgumentParser], None]
+    ) -> None:
+        self.run, self.about, self.add_arguments = run, about, add_arguments
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands.
+
+    Raises:
+        ImportError: without jsonargparse.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(prog=PROGRAM, description="Ask a file of captured gradients.")
+    commands = parser.add_subcommands()
+    for name, command in COMMANDS.items():
+        own = ArgumentParser(description=command.about)
+        own.add_argument("file", type=str, help="the file that was captured")
+        for add in command.add_arguments:
+            add(own)
+        own.add_argument("--config", action=ActionConfigFile, help="YAML file with arguments")
+        own.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        commands.add_subcommand(name, own, help=command.about)
+    return parser
+
+
+def _json_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, with null for what is not known")
+
+
+def _curvature_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--damping",
+        type=float | str,
+        default="1*mean",
+        help="added to each layer's eigenvalues: a number, or a multiple of their mean",
+    )
+    curvatures = "ekfac, kfac, diagonal, empirical_fisher or identity"
+    parser.add_argument("--curvature", type=str, default="ekfac", help=curvatures)
+    parser.add_argument(
+        "--segments",
+        type=Literal["last", "mean", "learning_rate"] | dict[int, float],
+        default="last",
+        help="which epochs of a file that keeps several, or {epoch: weight}",
+    )
+
+
+def _question_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=str | None, help="Lightning checkpoint with the file's weights")
+    parser.add_argument("--model", type=str | None, help="module:Class of the LightningModule")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        help="module:function that returns the queries: a DataLoader, a Dataset, one batch (a tuple, mapping or "
+        "tensor) or an iterable of batches, as `training_step` takes them",
+    )
+    parser.add_argument("--model_args", type=dict[str, Any], default={}, help="for `load_from_checkpoint`")
+    parser.add_argument(
+        "--measurement",
+        type=str | None,
+        help="module:function of (model, batch) -> [q], to ask about anything else than the log-likelihood",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="of queries, where a Dataset is returned")
+    parser.add_argument("--device", type=str, default="cpu", help="where to compute, such as cuda")
+    parser.add_argument(
+        "--weights_only",
+        type=bool,
+        default=True,
+        help="false loads a checkpoint of more than plain values, which can run code: only if you trust it",
+    )
+
+
+def _top_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--k", type=int, default=10, help="how many examples of each query")
+    parser.add_argument("--bottom", action="store_true", help="also those with the smallest scores")
+
+
+def _number_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--top", type=int, default=100, help="how many examples")
+
+
+def _target_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--to", type=str, required=True, help="where to write, ending in .csv or .npz")
+
+
+COMMANDS = {
+    "info": Command(info, "what a file holds, of which weights, and how good it is", _json_arguments),
+    "verify": Command(verify, "check structure, checksums and counts; exit code 1 if something is wrong"),
+    "top": Command(
+        top,
+        "the training examples that raise each query's log-likelihood most",
+        _question_arguments,
+        _top_arguments,
+        _curvature_arguments,
+        _json_arguments,
+    ),
+    "self-influence": Command(
+        self_influence,
+        "the examples that bend the model most for themselves; look at their labels",
+        _number_arguments,
+        _curvature_arguments,
+        _json_arguments,
+    ),
+    "export": Command(
+        export,
+        "a table of all examples with their self-influence, and scores if --data names queries",
+        _target_arguments,
+        _question_arguments,
+        _curvature_arguments,
+    ),
+}
+
+
+def _print(found: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(tables.plain(found), indent=2, allow_nan=False) if as_json else text)

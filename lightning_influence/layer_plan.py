@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lightning_influence.codecs import DenseCodec, PairsCodec
-from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
+from lightning_influence.codecs.tiers import BYTES_PER_COORDINATE
 from lightning_influence.errors import LayerError
 from lightning_influence.functional.quantize import RowDtype
 from lightning_influence.functional.structure import FULL, KroneckerStructure

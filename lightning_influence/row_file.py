@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.blocks import Block
-from lightning_influence.codecs import Codec, EigenCodec, select_coordinates
+from lightning_influence.codecs import Codec, EigenCodec, allocate
 from lightning_influence.errors import CaptureError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -86,9 +86,9 @@ class RowFile:
             if not examples:
                 raise CaptureError("No row with a finite gradient was recorded; did the loss become NaN?")
             first = {name: squares / examples for name, squares in first.items()}
-            chosen = select_coordinates(first, bytes_per_example) if eigen else {}
+            chosen = allocate(first, bytes_per_example) if eigen else {}
             self.records = {
-                name: EigenRecord(EigenCodec(bases[name], *chosen[name]), first[name])
+                name: EigenRecord(EigenCodec.of(bases[name], chosen[name]), first[name])
                 if name in first
                 else RowsFirstRecord(plan.codec_without_basis(), covariances.get(name))
                 for name, plan in self._plans.items()

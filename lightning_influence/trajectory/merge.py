@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs import DenseCodec, EigenCodec, choose_bits, select_coordinates
+from lightning_influence.codecs import DenseCodec, EigenCodec, allocate
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.errors import CaptureError
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -129,9 +129,8 @@ class Trajectory:
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
         bases = {name: self._basis(name) for name in weights}
         Lambdas = {name: self._mean_squares(name, bases[name], sample, examples, weights[name]) for name in bases}
-        bits = choose_bits(Lambdas, bytes_per_example)
-        chosen = select_coordinates(Lambdas, bytes_per_example, bits)
-        codecs = {name: EigenCodec(basis, *chosen[name], bits) for name, basis in bases.items()}
+        chosen = allocate(Lambdas, bytes_per_example)
+        codecs = {name: EigenCodec.of(basis, chosen[name]) for name, basis in bases.items()}
         layers = {name: ScoredLayer(bases[name], Lambdas[name], codec) for name, codec in codecs.items()}
         writer.create({name: specs(codec) for name, codec in codecs.items()})
         for rows in examples.chunks(min(self._chunk_examples(name) for name in weights)):

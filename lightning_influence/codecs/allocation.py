@@ -57,9 +57,9 @@ def allocate(Lambdas: Mapping[str, Tensor], bytes_per_example: int) -> dict[str,
             at least one.
 
     Example:
-        >>> chosen = allocate({"a": torch.tensor([[4.0, 0.1], [1.0, 0.0]])}, 6)
-        >>> chosen["a"].coordinates.tolist()
-        [0, 2]
+        >>> chosen = allocate({"a": torch.tensor([[4.0, 0.1], [1.0, 0.0]])}, 6)["a"]
+        >>> chosen.coordinates.tolist(), chosen.nbytes
+        ([0], 5)
     """
     ranked = _ranked(Lambdas, most=int(bytes_per_example / BYTES_PER_COORDINATE[2]) + 1)
     everything, nothing = LEVELS

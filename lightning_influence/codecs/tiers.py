@@ -46,7 +46,7 @@ class Tier:
         if self.bits not in BYTES_PER_COORDINATE:
             raise ValueError(f"`bits` must be one of {[*BYTES_PER_COORDINATE]}, got {self.bits!r}")
         if self.size < 1:
-            raise ValueError(f"a tier has at least one coordinate, got {self.size}")
+            raise ValueError(f"`size` must be positive, got {self.size}")
 
     @property
     def is_rotated(self) -> bool:

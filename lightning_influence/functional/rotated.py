@@ -76,7 +76,8 @@ def quantize_rotated(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     steps = torch.empty(len(flat), rotated_group_count(width), device=values.device)
     for rows in _chunks(flat):
         codes[rows], steps[rows] = _quantize(rotate_groups(flat[rows]), bits)
-    return codes.view(*values.shape[:-1], -1), steps.view(*values.shape[:-1], -1)
+    lead = values.shape[:-1]
+    return codes.view(*lead, codes.shape[1]), steps.view(*lead, steps.shape[1])
 
 
 def _quantize(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def restore_rotated(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
     for rows in _chunks(values):
         places = (flat[rows].unsqueeze(-1) >> shifts) & largest  # [n, bytes, 8 / bits]
         values[rows] = _times_steps(places.flatten(1).float().sub_(largest / 2), flat_steps[rows])
-    return values.view(*codes.shape[:-1], -1)
+    return values.view(*codes.shape[:-1], values.shape[1])
 
 
 def _chunks(values: Tensor) -> Iterator[slice]:

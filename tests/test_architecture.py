@@ -17,7 +17,7 @@ FLOORS = [
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
     {"step", "scoring", "attachment", "segments"},
-    {"layer_plan"},
+    {"layer_plan", "row_choice"},
     {"layer_record"},
     {"blocks"},
     {"row_file"},

@@ -2,10 +2,10 @@
 
 With z = (Lambda_0 + delta_0)^-1/2 * Q_S^T G Q_A of a query and of an example, a score is sum_j z_j z'_j, to whose
 square a coordinate adds about s_j^2, s = Lambda_0 / (Lambda_0 + delta_0). Rounding to b bits leaves the share
-LOST[b] of it as noise, and leaving it out all of it. Bytes go where a byte gains most: b bits have those coordinates
-whose s_j^2 (LOST[b'] - LOST[b]) is at least the level times the bytes beyond b' bits (reverse water-filling; Cover
-and Thomas, "Elements of Information Theory", section 10.3.3), and the level is the one at which the budget is spent,
-or the wanted share of the scores is kept.
+LOST[b] of it as noise, and leaving it out all of it. Bytes go where a byte gains most: b bits have those
+coordinates whose s_j^2 (LOST[b'] - LOST[b]) is at least the level times the bytes beyond b' bits (reverse
+water-filling; Cover and Thomas, "Elements of Information Theory", section 10.3.3), and the level is the one at
+which the budget is spent, or the wanted share of the scores is kept.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Eigen: the leading whitened coordinates of the gradient in the layer's Kronecker eigenbasis.
 
-z = (Lambda_0 + delta_0)^-1/2 * (Q_S^T G Q_A), of which the coordinates that carry most of the scores are kept, over
-all layers together, the more important ones with more bits (`codecs.allocation`): 8 bits in groups of 64, or 4 or 2
-bits in groups of 256 after a rotation (`functional.rotated`). Whitening evens out the entries of a group; the query
-carries its inverse, so that damping and curvature stay free. For layers used on sequences, whose pairs would take
-s (i + o) numbers, and for sums over epochs.
+z = (Lambda_0 + delta_0)^-1/2 * (Q_S^T G Q_A), of which the coordinates that carry most of the scores are kept,
+over all layers together, the more important ones with more bits (`codecs.allocation`): 8 bits in groups of 64, or
+4 or 2 bits in groups of 256 after a rotation (`functional.rotated`). Whitening evens out the entries of a group;
+the query carries its inverse, so that damping and curvature stay free. For layers used on sequences, whose pairs
+would take s (i + o) numbers, and for sums over epochs.
 
 Error: with 8 bits a kept entry of z is off by at most max|group of 64| / 254; with 4 or 2 bits the squared
 error of a group is about 1 % or 12 % of its square. What is not kept is lost.
@@ -56,8 +56,8 @@ class EigenCodec(Codec):
                 f"got {coordinates.dtype} and {whitening.dtype}"
             )
         if coordinates.min() < 0 or coordinates.max() >= o * i:
-            found = f"{int(coordinates.min())}..{int(coordinates.max())}"
-            raise ValueError(f"`coordinates` must lie in [0, {o * i}) for shape {(o, i)}, got {found}")
+            span = f"{int(coordinates.min())}..{int(coordinates.max())}"
+            raise ValueError(f"`coordinates` must lie in [0, {o * i}) for shape {(o, i)}, got {span}")
         self.tiers = (tier_of(8, len(coordinates)),) if tiers is None else tuple(tiers)
         if (found := sum(tier.size for tier in self.tiers)) != len(coordinates):
             raise ValueError(f"`tiers` must hold the {len(coordinates)} coordinates, got {found}")
@@ -83,8 +83,10 @@ class EigenCodec(Codec):
 
     def encode_coordinates(self, kept: Tensor) -> dict[str, Tensor]:
         """The arrays of coordinates [n, k] that were selected already."""
-        arrays = {}
-        for tier, values, whitening in zip(self.tiers, self._split(kept), self._split(self.whitening), strict=True):
+        arrays: dict[str, Tensor] = {}
+        for tier, values, whitening in zip(
+            self.tiers, self._split(kept), self._split(self.whitening), strict=True
+        ):
             arrays |= tier.encode(values / whitening)
         return arrays
 

@@ -104,7 +104,8 @@ Codecs
     a multiple of 64, after each 64 of them were multiplied by the Hadamard matrix (Sylvester's) over 8.
 
 Versions 1 to 4 open for ever. Version 4 had one number of bits for all coordinates of an ``eigen`` layer, in the
-config as ``bits``; the arrays were ``codes`` and ``scales``, and rotated ones were padded to a multiple of 256. Version 3 and older had 8 ``bits`` only, and the config of ``eigen`` was empty.
+config as ``bits``; the arrays were ``codes`` and ``scales``, and rotated ones were padded to a multiple of 256.
+Version 3 and older had 8 ``bits`` only, and the config of ``eigen`` was empty.
 Versions 1 and 2 had no ``/segments``, no ``segment`` (it is the attribute ``epoch``
 if that is an integer from 0, else 0) and no ``occurrences`` (they are ``written``). Version 1 had no
 ``batch_dim`` (0), no ``structure`` (one group, both sides full) and no ``dense``.

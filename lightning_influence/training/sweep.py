@@ -72,6 +72,7 @@ class Sweep:
         loss: how the scale of what `training_step` returns is known.
         training_loss: `training_loss(model, batch) -> [n]`, each example's own loss; None takes `training_step`.
         trainer: whose precision is used; None for none but the caller's.
+        error_budget: as for `plan_layers`.
 
     Attributes:
         tracking: the layers that are captured, and the report on all parameters.
@@ -92,6 +93,7 @@ class Sweep:
         loss: LossKind = "auto",
         training_loss: Measurement | None = None,
         trainer: Trainer | None = None,
+        error_budget: float | None = None,
     ) -> None:
         instead = LOSSES if trainer is None else 'leave out `rows="final"`'
         self._objective = _objective(model, training_loss, instead)
@@ -102,7 +104,7 @@ class Sweep:
                 "The model is itself a layer, which has no name; wrap it, as in `nn.Sequential(model)`."
             )
         self.plans: dict[str, LayerPlan] = {}
-        self._codec = codec
+        self._codec, self._error_budget = codec, error_budget
         self._precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
         scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -131,7 +133,7 @@ class Sweep:
         if step is None:
             raise CaptureError(f"None of {len(looked_at)} batches has a loss; `loader` must give at least one.")
         self.tracking.is_verified = True  # from here on, a layer that is not whole is refused
-        self.plans = plan_layers(self.tracking.layers, step.gradients, self._codec)
+        self.plans = plan_layers(self.tracking.layers, step.gradients, self._codec, self._error_budget)
         report.warn_of_weights(step.scale.factor)
         return chain(looked_at, rest)
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.codecs import (
@@ -20,11 +18,10 @@ from lightning_influence.codecs import (
     DenseCodec,
     EigenCodec,
     PairsCodec,
-    allocate,
     codec_from_config,
 )
 from lightning_influence.codecs.base import _CODECS
-from lightning_influence.codecs.tiers import BYTES_PER_COORDINATE, Tier, tier_of
+from lightning_influence.codecs.tiers import Tier, tier_of
 from lightning_influence.curvature import AbsoluteDamping, get_curvature
 from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -64,7 +61,9 @@ def eigen(share: float) -> Callable[..., Codec]:
 
 def eigen_of_few_bits(bits: int, multiple: int = 64, suffix: str = "_") -> Callable[..., Codec]:
     def make(shape, positions, has_bias, basis, Lambda) -> Codec:
-        return of_tiers(basis, Lambda, [Tier(bits, Lambda.numel(), multiple=multiple, suffix=suffix and f"_{bits}")])
+        return of_tiers(
+            basis, Lambda, [Tier(bits, Lambda.numel(), multiple=multiple, suffix=suffix and f"_{bits}")]
+        )
 
     return make
 

@@ -9,7 +9,7 @@ of the whole path, of the codec alone (rows of the final weights, compressed), a
 
     python examples/benchmarks/fidelity.py                           # all three, one seed
     python examples/benchmarks/fidelity.py --workload w3 --seeds 3 --epochs 8
-    python examples/benchmarks/fidelity.py --picture examples/benchmarks/fidelity.png
+    python examples/benchmarks/fidelity.py --results fidelity.json --picture examples/benchmarks/fidelity.png
 
 Also: two captures of the same weights whose data come in another order must agree (self-noise), and two other ways
 to store gradients (`fidelity_baselines.py`), from the final weights' gradients. One thread. Needs the extra
@@ -278,7 +278,8 @@ def draw(results: list[Result], names: list[str], picture: Path) -> None:
 
 def main() -> None:
     print(f"{platform.machine()}, 1 thread, torch {torch.__version__}, {args.seeds} seeds")
-    results: list[Result] = []
+    kept = json.loads(args.results.read_text()) if args.results and args.results.exists() else []
+    results = [result for result in (Result(**entry) for entry in kept) if result.workload not in args.workload]
     for name in args.workload:
         workload, begin = workloads()[name], time.perf_counter()
         if args.epochs:
@@ -293,16 +294,16 @@ def main() -> None:
     if args.results:
         args.results.write_text(json.dumps([vars(result) for result in results], indent=1))
     if args.picture:
-        draw(results, args.workload, args.picture)
+        draw(results, sorted({result.workload for result in results}), args.picture)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", nargs="+", choices=("w1", "w2", "w3"), default=["w1", "w2", "w3"])
+    parser.add_argument("--workload", nargs="*", choices=("w1", "w2", "w3"), default=["w1", "w2", "w3"])
     parser.add_argument("--seeds", type=int, default=1, help="training runs; the baselines are of the first")
     parser.add_argument("--epochs", type=int, help="instead of the workload's")
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--results", type=Path, help="write all numbers there, as JSON")
+    parser.add_argument("--results", type=Path, help="keep all numbers there, as JSON")
     parser.add_argument("--picture", type=Path, help="draw one, with the baselines")
     args = parser.parse_args()
     for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):

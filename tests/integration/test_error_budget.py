@@ -38,12 +38,12 @@ def data() -> TensorDataset:
     )
 
 
-def file_of(path: Path, epochs: int = 3, **options) -> StoreReader:
+def file_of(path: Path, max_epochs: int = 3, **options) -> StoreReader:
     seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     callback = InfluenceCallback(path, on_error="raise", **options)
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[callback], enable_model_summary=False, **quiet
+        max_epochs=max_epochs, accelerator="cpu", callbacks=[callback], enable_model_summary=False, **quiet
     )
     trainer.fit(Convolutions(), DataLoader(data(), 50, shuffle=True))
     return StoreReader(path)
@@ -64,7 +64,7 @@ def test_the_measured_error_is_about_the_budget_and_in_the_file(options: dict, t
 
 
 def test_one_epoch_whose_rows_are_spooled_reaches_it(tmp_path: Path) -> None:
-    store = file_of(tmp_path / "influence.h5", epochs=1, error_budget=0.05)
+    store = file_of(tmp_path / "influence.h5", max_epochs=1, error_budget=0.05)
     assert 1 - store.attributes["codec_spearman"] <= 0.1
 
 

@@ -196,9 +196,10 @@ def measure(name: str, workload: Workload, seed: int, folder: Path) -> Iterator[
 
 
 def self_noise(name: str, workload: Workload, seed: int, net: nn.Module, folder: Path) -> Result:
-    """Two captures of the same weights, whose data come in another order; the last of the workload's options."""
+    """Two captures of the same weights, whose data come in another order; as pairs, or with the most bytes."""
     (inputs, targets), queries = workload.task.data
-    names, options = list(workload.options.items())[-1]
+    names = next((names for names in workload.options if names[0] == "pairs"), list(workload.options)[-1])
+    options = workload.options[names]
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(1))
     one, nbytes = scores_of(net, at_final_weights(net, (inputs, targets), folder / "one.h5", **options), queries)
     shuffled = inputs[order], targets[order]

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lightning_influence.codecs import DenseCodec, PairsCodec
-from lightning_influence.codecs.eigen import BYTES_PER_COORDINATE
+from lightning_influence.codecs.tiers import BYTES_PER_COORDINATE
 from lightning_influence.errors import LayerError
 from lightning_influence.functional.quantize import RowDtype
 from lightning_influence.functional.structure import FULL, KroneckerStructure
@@ -18,6 +18,7 @@ from lightning_influence.gradients import EncodedGradient, FactoredGradient, Lay
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.store import COLUMNS
 
+INT8_ERROR = 0.02  # 1 - Spearman of scores of int8 pairs, with room
 COLUMN_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
 CodecName = Literal["auto", "pairs", "pairs-float16", "pairs-float32", "eigen"]
 
@@ -69,11 +70,15 @@ class LayerPlan:
 
 
 def plan_layers(
-    layers: Mapping[str, TrackedLayer], gradients: Mapping[str, LayerGradient], codec: CodecName
+    layers: Mapping[str, TrackedLayer],
+    gradients: Mapping[str, LayerGradient],
+    codec: CodecName,
+    error_budget: float | None = None,
 ) -> dict[str, LayerPlan]:
     """Choose a codec for each layer from one batch's gradients.
 
-    "auto" takes pairs where an example's gradient is one outer product, and eigen-coordinates elsewhere.
+    "auto" takes pairs where an example's gradient is one outer product, and eigen-coordinates elsewhere. Its pairs
+    are int8, unless they might lose more than the error budget, then float16.
     "pairs" takes dense gradients where the layer's are no outer products.
 
     Raises:
@@ -82,6 +87,8 @@ def plan_layers(
     if codec not in get_args(CodecName):
         raise ValueError(f"`codec` must be one of {', '.join(get_args(CodecName))}, got {codec!r}.")
     family, _, dtype = codec.partition("-")
+    if codec == "auto" and error_budget is not None and error_budget < INT8_ERROR:
+        dtype = "float16"
     plans = {}
     for name, layer in layers.items():
         gradient = gradients[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from lightning_influence.codecs import Codec, DenseCodec, EigenCodec, PairsCodec
@@ -90,16 +91,17 @@ class EigenRecord(LayerRecord):
     def of_state(cls, basis: Eigenbasis, state: Mapping[str, Tensor]) -> EigenRecord:
         """The record that `state` was of."""
         state = {name: value.to(basis.eigenvalues_A.device) for name, value in state.items()}
-        record = cls(EigenCodec(basis, state["coordinates"], state["whitening"]), state["first_Lambda"])
+        config = {"tiers": state["tiers"].tolist()} if "tiers" in state else {}
+        record = cls(EigenCodec.from_config(config, state, basis), state["first_Lambda"])
         record.eigenvalues.squares += state["squares"]
         record.eigenvalues.examples += state["examples"]
         return record
 
     def state(self) -> dict[str, Tensor]:
-        """Which coordinates rows keep, and Lambda's sums."""
+        """Which coordinates rows keep, with how many bits, and Lambda's sums."""
         values = {
-            "coordinates": self.codec.coordinates,
-            "whitening": self.codec.whitening,
+            **self.codec.state(),
+            "tiers": torch.tensor([[tier.bits, tier.size] for tier in self.codec.tiers]),
             "first_Lambda": self.first_Lambda,
             "squares": self.eigenvalues.squares,
             "examples": self.eigenvalues.examples,

@@ -48,6 +48,7 @@ class Recorder:
         plans: how each layer is stored.
         bases: eigenbases from the epoch before, for layers with the eigen codec.
         bytes_per_example: budget of the eigen codec over all its layers.
+        error_budget: as for `RowFile.lay_out`.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
         covariance_stride: every how many-th block enters those of layers whose rows need no basis, at random
@@ -69,6 +70,7 @@ class Recorder:
         *,
         bases: Mapping[str, Eigenbasis] | None = None,
         bytes_per_example: int = 8192,
+        error_budget: float | None = None,
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
         covariance_stride: int = 1,
@@ -85,16 +87,13 @@ class Recorder:
         self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
         self._bases = {**known, **(bases or {})}
-        self._bytes_per_example = bytes_per_example
+        self._bytes_per_example, self._error_budget = bytes_per_example, error_budget
         without_basis = {n for n, plan in plans.items() if plan.needs_basis and n not in self._bases}
         self._spool = Spool(self.writer.path) if without_basis else None
         self.covariances = {
-            name: KroneckerCovariance(
-                plan.shape, plan.structure, positions=covariance_positions, sync_on_compute=False
-            )
-            for name, plan in plans.items()
-            if not plan.structure.is_diagonal
-            and (keep_covariances or plan.codec != "eigen" or name in without_basis)
+            name: KroneckerCovariance(p.shape, p.structure, positions=covariance_positions, sync_on_compute=False)
+            for name, p in plans.items()
+            if not p.structure.is_diagonal and (keep_covariances or p.codec != "eigen" or name in without_basis)
         }
         self.labels = LabelFactors(plans, self.covariances, self._bases, writer.path) if has_own_labels else None
         self._chooses_coordinates = any(plan.codec == "eigen" for plan in plans.values())
@@ -166,7 +165,7 @@ class Recorder:
             self._rows.write(block)
 
     def _lay_out(self, block: Block | None) -> None:
-        self._rows.lay_out(block, self._bases, self.covariances, self._bytes_per_example)
+        self._rows.lay_out(block, self._bases, self.covariances, self._bytes_per_example, self._error_budget)
 
     @property
     def reduced_layers(self) -> frozenset[str]:
@@ -194,9 +193,8 @@ class Recorder:
 
     def next_bases(self) -> dict[str, Eigenbasis]:
         """Eigenbases of what was seen so far, for the layers with the eigen codec."""
-        return {
-            name: metric.eigenbasis() for name, metric in self.covariances.items() if self.plans[name].needs_basis
-        }
+        metrics = self.covariances.items()
+        return {name: metric.eigenbasis() for name, metric in metrics if self.plans[name].needs_basis}
 
     def counts(self) -> RecordedCounts:
         """Rows written, invalid and missing so far."""

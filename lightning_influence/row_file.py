@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.blocks import Block
-from lightning_influence.codecs import Codec, EigenCodec, select_coordinates
+from lightning_influence.codecs import Codec, EigenCodec, allocate
 from lightning_influence.errors import CaptureError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -20,9 +20,11 @@ from lightning_influence.gradients import Coordinates, EncodedGradient, LayerGra
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.layer_record import EigenRecord, LayerRecord, RowsFirstRecord
 from lightning_influence.processes import Processes
+from lightning_influence.row_choice import RowTrial
 from lightning_influence.store import ArraySpec, StoreWriter
 
 READ_EXAMPLES = 4096
+LEAST_EXAMPLES = 8  # that tell anything of an error
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class RowFile:
         bases: Mapping[str, Eigenbasis],
         covariances: Mapping[str, KroneckerCovariance],
         bytes_per_example: int,
+        error_budget: float | None = None,
     ) -> None:
         """Choose what rows keep, and make the file, all processes together.
 
@@ -71,6 +74,7 @@ class RowFile:
             bases: of the layers with the eigen codec.
             covariances: of the others.
             bytes_per_example: budget of the eigen codec over all its layers.
+            error_budget: take no more of it than what this error of scores needs (`row_choice`), by the block.
 
         Raises:
             CaptureError: if no process has seen a finite gradient.
@@ -86,9 +90,12 @@ class RowFile:
             if not examples:
                 raise CaptureError("No row with a finite gradient was recorded; did the loss become NaN?")
             first = {name: squares / examples for name, squares in first.items()}
-            chosen = select_coordinates(first, bytes_per_example) if eigen else {}
+            wanted = _wanted_bytes(bases, first, block, bytes_per_example, error_budget)
+        budget = wanted if error_budget is None else max(processes.gather(wanted)) or bytes_per_example
+        with processes.together():
+            chosen = allocate(first, budget) if eigen else {}
             self.records = {
-                name: EigenRecord(EigenCodec(bases[name], *chosen[name]), first[name])
+                name: EigenRecord(EigenCodec.of(bases[name], chosen[name]), first[name])
                 if name in first
                 else RowsFirstRecord(plan.codec_without_basis(), covariances.get(name))
                 for name, plan in self._plans.items()
@@ -186,6 +193,21 @@ def _squares(name: str, basis: Eigenbasis, block: Block | None) -> Tensor:
     if block is None:
         return basis.eigenvalues_A.new_zeros(basis.shape)
     return second_moment_sum(block.gradients[name], basis)
+
+
+def _wanted_bytes(
+    bases: Mapping[str, Eigenbasis],
+    Lambdas: Mapping[str, Tensor],
+    block: Block | None,
+    most: int,
+    error_budget: float | None,
+) -> int:
+    """The budget of this process's examples; 0 if it has too few to tell."""
+    if error_budget is None or not Lambdas:
+        return most
+    if block is None or len(block) < LEAST_EXAMPLES:
+        return 0
+    return RowTrial(bases, Lambdas, block.gradients).least_bytes(error_budget, most)
 
 
 def specs(codec: Codec) -> dict[str, ArraySpec]:

@@ -17,7 +17,7 @@ FLOORS = [
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
     {"step", "scoring", "stored_rows", "attachment", "segments", "penalties"},
-    {"layer_plan", "damping_advice"},
+    {"layer_plan", "damping_advice", "row_choice"},
     {"layer_record"},
     {"blocks"},
     {"row_file", "fisher"},

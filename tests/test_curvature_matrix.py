@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_influence.codecs import Codec, DenseCodec, EigenCodec
 from lightning_influence.codecs.base import _CODECS
+from lightning_influence.codecs.tiers import tier_of
 from lightning_influence.curvature import (
     AbsoluteDamping,
     Damping,
@@ -98,7 +99,7 @@ def eigen(bits: int, share: float) -> Callable[[ScoredLayer], Codec]:
         coordinates = layer.Lambda.flatten().argsort(descending=True)
         coordinates = coordinates[: max(1, int(share * len(coordinates)))]
         whitening = (layer.Lambda + 0.1 * layer.Lambda.mean()).flatten()[coordinates].sqrt()
-        return EigenCodec(layer.basis, coordinates, whitening, bits)
+        return EigenCodec(layer.basis, coordinates, whitening, [tier_of(bits, len(coordinates))])
 
     return make
 

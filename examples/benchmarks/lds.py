@@ -176,14 +176,14 @@ class Learner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def train(task: Task, seed: int, callback: InfluenceCallback | None = None) -> Learner:
-    """On all examples; the same weights with any callback."""
+def train(task: Task, seed: int, *callbacks: InfluenceCallback) -> Learner:
+    """On all examples; the same weights with any callbacks."""
     seed_everything(seed, verbose=False)
     model = Learner(task, seed)
     trainer = Trainer(
         max_epochs=task.epochs,
         accelerator="cpu",
-        callbacks=[callback] if callback else [],
+        callbacks=[*callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

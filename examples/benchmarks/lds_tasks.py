@@ -103,8 +103,8 @@ class CharTransformer(nn.Module):
 # All of it is on disk already; what is drawn is drawn with a fixed seed.
 
 
-def fashion_images() -> tuple[Data, Data]:
-    """2,000 training and 100 test images, pixels from -.5 to .5."""
+def fashion_images(num_train: int = 2000, num_test: int = 100) -> tuple[Data, Data]:
+    """Training and test images, pixels from -.5 to .5."""
     if not FASHION.exists():
         raise SystemExit(f"{FASHION} is missing: `apt-get install dataset-fashion-mnist`, a package of Debian's")
 
@@ -116,7 +116,7 @@ def fashion_images() -> tuple[Data, Data]:
         chosen = np.random.default_rng(0).permutation(len(labels))[:count]
         return torch.tensor(images[chosen] / 255 - 0.5, dtype=torch.float32), torch.tensor(labels[chosen]).long()
 
-    return read("train", 2000), read("t10k", 100)
+    return read("train", num_train), read("t10k", num_test)
 
 
 def digit_images() -> tuple[Data, Data]:

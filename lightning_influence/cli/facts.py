@@ -18,7 +18,8 @@ from lightning_influence.layers import Coverage
 from lightning_influence.query import DEFAULT_DAMPING, described_layers
 from lightning_influence.segments import mean_learning_rate
 from lightning_influence.store import StoreReader
-from lightning_influence.training.report import COARSE_BELOW, STALE_BELOW
+from lightning_influence.training.report import STALE_BELOW
+from lightning_influence.training.staleness import FINE
 
 _HASH_DIGITS = 16
 
@@ -144,7 +145,7 @@ def text_of(found: Mapping[str, Any]) -> str:
         f"  captured: {_origin(last)}",
         f"  weights: {_weights(last)}",
         f"  staleness: {_staleness(last)}",
-        f"  codec: {_agreement(last['codec_spearman'], COARSE_BELOW, 'stored and exact rows')}",
+        f"  codec: {_agreement(last['codec_spearman'], FINE, 'stored and exact rows')}",
         f"  loss: {_loss(last['loss'])}; {last['fisher'] or 'unknown'} Fisher, EK-FAC",
         *_coverage(last),
         *(f"  {line}" for line in _layer_table(last["layers"]).splitlines()),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_influence.curvature import Damping, HeuristicDamping, as_damping, get_curvature
+from lightning_influence.curvature import AbsoluteDamping, Damping, HeuristicDamping, get_curvature
 from lightning_influence.errors import InfluenceError, QueryError
 from lightning_influence.module import InfluenceModule
 
@@ -119,7 +119,7 @@ def damping_of(text: float | str) -> Damping:
     try:
         if number.endswith(_RULE):
             return HeuristicDamping(float(number.removesuffix(_RULE)))
-        return as_damping(float(number))
+        return AbsoluteDamping(float(number))
     except ValueError as error:
         raise ValueError(
             f"`--damping` must be a positive number, or a positive multiple of the mean such as 1{_RULE}, "

@@ -2,7 +2,8 @@
 
 Coordinates that carry much lie in few rows and columns of Q_S^T G Q_A, so only these are rotated: r of the o
 output directions and c of the i input directions. Of the r c products few are wanted: a leading row's with many
-columns, a late one's with the first few. So rows that need about as many columns are multiplied together.
+columns, a late one's with the first few. So of large layers, rows that need about as many columns are multiplied
+together; of others all products are made, which is cheaper than to copy rows and columns together.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.gradients import FactoredGradient, LayerGradient, RowGradient, chunk_elements
+
+COPIED = 128  # multiply-adds that take about as long as copying one number
 
 
 class CoordinateSelection:
@@ -31,6 +34,9 @@ class CoordinateSelection:
         self._row_of, self._column_of = row_of, column_of
         self._blocks, self._block_places = _blocks_of(row_of, column_of)
         self._products = sum(len(rows) * len(columns) for rows, columns in self._blocks)
+        copied = sum(len(rows) + len(columns) for rows, columns in self._blocks)
+        if len(self._rows) * len(self._columns) <= self._products + COPIED * copied:
+            self._blocks, self._products = [], len(self._rows) * len(self._columns)
         self._is_grouped = basis.eigenvalues_S.ndim > 1
         if not self._is_grouped:
             self._Q_A = None if basis.Q_A is None else basis.Q_A[:, self._columns].contiguous()
@@ -59,6 +65,9 @@ class CoordinateSelection:
         if gradient.positions == 1 and len(self.kept) < len(self._rows) * len(self._columns):
             torch.index_select(grads[:, 0], 1, self._row_of, out=found)
             found *= inputs[:, 0].index_select(1, self._column_of)
+            return
+        if not self._blocks:
+            torch.index_select((grads.mT @ inputs).flatten(1), 1, self._places, out=found)
             return
         products = [
             (grads.index_select(2, rows).mT @ inputs.index_select(2, columns)).flatten(1)

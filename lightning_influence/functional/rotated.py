@@ -9,6 +9,7 @@ distortion").
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,12 +17,18 @@ from torch.nn.functional import pad
 
 ROTATED_GROUP = 256
 ROTATED_TOGETHER = 64
+CHUNK_ELEMENTS = 2**19
 STEPS = {2: 0.9957, 4: 0.3352}  # over the root mean square
 NOISE = {2: 0.1188, 4: 0.01154}  # mean squared error over the mean square, of a Gaussian
 
 
+def rotated_width(width: int) -> int:
+    """Entries that `width` entries take: a multiple of 64."""
+    return -(-width // ROTATED_TOGETHER) * ROTATED_TOGETHER
+
+
 def rotated_group_count(width: int) -> int:
-    """Number of groups of 256 that `width` entries take."""
+    """Number of steps that `width` entries take; the last may be that of fewer than 256 entries."""
     return -(-width // ROTATED_GROUP)
 
 
@@ -37,14 +44,14 @@ def rotate_groups(values: Tensor) -> Tensor:
     """Each 64 entries times a symmetric orthonormal matrix, which is its own inverse.
 
     Args:
-        values: shape [..., d]; padded with zeros to a multiple of 256.
+        values: shape [..., d]; padded with zeros to a multiple of 64.
 
     Example:
-        >>> rotated = rotate_groups(torch.eye(1, 300))
+        >>> rotated = rotate_groups(torch.eye(1, 100))
         >>> rotated.shape, round(float(rotate_groups(rotated)[0, 0]), 4)
-        (torch.Size([1, 512]), 1.0)
+        (torch.Size([1, 128]), 1.0)
     """
-    missing = -values.shape[-1] % ROTATED_GROUP
+    missing = -values.shape[-1] % ROTATED_TOGETHER
     padded = pad(values, (0, missing)) if missing else values
     return (padded.unflatten(-1, (-1, ROTATED_TOGETHER)) @ _hadamard().to(values)).flatten(-2)
 
@@ -60,25 +67,61 @@ def quantize_rotated(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: 2 or 4.
 
     Returns:
-        Codes uint8 [..., ceil(d / 256) 256 bits / 8], the first entry in the lowest bits, and steps float32
+        Codes uint8 [..., ceil(d / 64) 64 bits / 8], the first entry in the lowest bits, and steps float32
         [..., ceil(d / 256)].
     """
-    groups = rotate_groups(values).unflatten(-1, (-1, ROTATED_GROUP))
-    steps = groups.norm(dim=-1).float() * (STEPS[bits] / ROTATED_GROUP**0.5)
+    width = rotated_width(values.shape[-1])
+    flat = values.reshape(-1, values.shape[-1])
+    codes = torch.empty(len(flat), width * bits // 8, dtype=torch.uint8, device=values.device)
+    steps = torch.empty(len(flat), rotated_group_count(width), device=values.device)
+    for rows in _chunks(flat):
+        codes[rows], steps[rows] = _quantize(rotate_groups(flat[rows]), bits)
+    lead = values.shape[:-1]
+    return codes.view(*lead, codes.shape[1]), steps.view(*lead, steps.shape[1])
+
+
+def _quantize(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and steps of rotated rows [n, d], which are used up."""
+    steps = _group_norms(rotated).float() * STEPS[bits]
     largest = 2**bits - 1
-    codes = groups.div_(steps.where(steps > 0, 1).unsqueeze(-1))
-    codes = codes.add_(largest / 2).round_().clamp_(0, largest).to(torch.uint8).flatten(-2)
-    places = codes.unflatten(-1, (-1, 8 // bits))
-    packed = places[..., 0].clone()
-    for place in range(1, 8 // bits):
-        packed |= places[..., place] << (place * bits)
-    return packed, steps
+    codes = _times_steps(rotated, 1 / steps.where(steps > 0, 1))
+    codes = codes.add_(largest / 2).round_().clamp_(0, largest)
+    places = torch.tensor([2.0 ** (bits * place) for place in range(8 // bits)]).to(codes)
+    return codes.unflatten(-1, (-1, 8 // bits)) @ places, steps  # below 256, so exact
 
 
 def restore_rotated(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
-    """The rotated float32 values [..., groups 256] of codes and steps of `quantize_rotated`."""
+    """The rotated float32 values [..., d] of codes and steps of `quantize_rotated`, d a multiple of 64."""
     largest = 2**bits - 1
+    flat, flat_steps = codes.reshape(-1, codes.shape[-1]), steps.reshape(-1, steps.shape[-1])
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    places = (codes.unsqueeze(-1) >> shifts) & largest  # [..., bytes, 8 / bits]
-    values = places.flatten(-2).float().sub_(largest / 2)
-    return (values.unflatten(-1, (-1, ROTATED_GROUP)) * steps.unsqueeze(-1)).flatten(-2)
+    values = torch.empty(len(flat), codes.shape[-1] * 8 // bits, device=codes.device)
+    for rows in _chunks(values):
+        places = (flat[rows].unsqueeze(-1) >> shifts) & largest  # [n, bytes, 8 / bits]
+        values[rows] = _times_steps(places.flatten(1).float().sub_(largest / 2), flat_steps[rows])
+    return values.view(*codes.shape[:-1], values.shape[1])
+
+
+def _chunks(values: Tensor) -> Iterator[slice]:
+    """As many rows at a time as stay in a processor's cache."""
+    step = max(1, CHUNK_ELEMENTS // max(1, values.shape[-1]))
+    for start in range(0, len(values), step):
+        yield slice(start, start + step)
+
+
+def _group_norms(values: Tensor) -> Tensor:
+    """The root mean square of each 256 entries, the last of which may be fewer; shape [n, groups]."""
+    whole = values.shape[-1] // ROTATED_GROUP * ROTATED_GROUP
+    norms = [values[:, :whole].unflatten(1, (-1, ROTATED_GROUP)).norm(dim=2) / ROTATED_GROUP**0.5]
+    if whole < values.shape[-1]:
+        rest = values[:, whole:]
+        norms.append(rest.norm(dim=1, keepdim=True) / rest.shape[1] ** 0.5)
+    return torch.cat(norms, dim=1)
+
+
+def _times_steps(values: Tensor, steps: Tensor) -> Tensor:
+    """In place, each 256 entries of [n, d] times their step [n, groups]."""
+    whole = values.shape[-1] // ROTATED_GROUP * ROTATED_GROUP
+    values[:, :whole].unflatten(1, (-1, ROTATED_GROUP)).mul_(steps[:, : whole // ROTATED_GROUP, None])
+    values[:, whole:].mul_(steps[:, whole // ROTATED_GROUP :])
+    return values

@@ -1,4 +1,4 @@
-"""The file format, schema version 4.
+"""The file format, schema version 5.
 
 One HDF5 file holds one training run: per-example gradients of ``N`` dataset rows, by layer, of one
 captured epoch or of several. Each captured epoch is a segment; the root is the one captured last.
@@ -6,7 +6,7 @@ captured epoch or of several. Each captured epoch is a segment; the root is the 
 Layout
     ======================================  ==================================================
     root attributes                         ``format`` = "lightning-influence",
-                                            ``schema_version`` = 4, ``complete``, ``store_id``,
+                                            ``schema_version`` = 5, ``complete``, ``store_id``,
                                             ``num_examples`` = N, ``segment`` = the root's number,
                                             and what the run adds
     ``/rows/<column>``                      ``[N]``, one value per dataset index
@@ -83,7 +83,7 @@ What a captured run adds
     Entries of ``Lambda`` at coordinates that no row of ``eigen`` keeps are those of the first examples only.
     Layers with codec ``eigen`` add ``coordinates`` ``[k]`` i8 and ``whitening`` ``[k]`` f4. The config
     of ``pairs`` is ``positions``, ``has_bias`` and ``dtype``, that of ``dense`` is ``dtype``; that of
-    ``eigen`` is ``bits``. The attribute
+    ``eigen`` is ``tiers``: a list of [bits, how many of the coordinates], in order. The attribute
     ``loss`` is what the user asked for ("auto", "mean" or "sum"), the document ``loss`` what was seen:
     ``function``, ``reduction``, ``count``, the ``constant`` divided out, and ``terms``.
     ``fisher`` says of which labels the gradients are that the factors are moments of: "empirical", those of the
@@ -104,12 +104,15 @@ Codecs
     ``dense``: the row-major flattened G is ``values``, rounded as in ``pairs``.
 
     ``eigen``: z[j] times the factor ``whitening[j]`` is the entry ``coordinates[j]`` of the row-major flattened
-    Q_S^T G Q_A; all other entries count as 0. With 8 ``bits``, z[j] is entry j of ``codes`` (i1) times
-    ``scales[j // 64]``. With b = 4 or 2 ``bits``, ``codes`` (u1) holds 8 / b codes a byte, the first in the lowest
-    bits; (code - (2^b - 1) / 2) times ``scales[j // 256]`` are the entries of z, padded with zeros to a
-    multiple of 256, after each 64 of them were multiplied by the Hadamard matrix (Sylvester's) over 8.
+    Q_S^T G Q_A; all other entries count as 0. The coordinates are those of one tier after the other, of which each
+    has arrays of its own; j counts from its start. With 8 bits, z[j] is entry j of ``codes_8`` (i1) times
+    ``scales_8[j // 64]``. With b = 4 or 2 bits, ``codes_<b>`` (u1) holds 8 / b codes a byte, the first in the
+    lowest bits; (code - (2^b - 1) / 2) times ``scales_<b>[j // 256]`` are the entries of z, padded with zeros to
+    a multiple of 64, after each 64 of them were multiplied by the Hadamard matrix (Sylvester's) over 8.
 
-Versions 1 to 3 open for ever. Version 3 and older had 8 ``bits`` only, and the config of ``eigen`` was empty.
+Versions 1 to 4 open for ever. Version 4 had one number of bits for all coordinates of an ``eigen`` layer, in the
+config as ``bits``; the arrays were ``codes`` and ``scales``, and rotated ones were padded to a multiple of 256.
+Version 3 and older had 8 ``bits`` only, and the config of ``eigen`` was empty.
 Versions 1 and 2 had no ``/segments``, no ``segment`` (it is the attribute ``epoch``
 if that is an integer from 0, else 0) and no ``occurrences`` (they are ``written``). Version 1 had no
 ``batch_dim`` (0), no ``structure`` (one group, both sides full) and no ``dense``.
@@ -152,8 +155,8 @@ from dataclasses import dataclass
 import numpy as np
 
 FORMAT = "lightning-influence"
-SCHEMA_VERSION = 4
-READABLE_VERSIONS = frozenset({1, 2, 3, 4})
+SCHEMA_VERSION = 5
+READABLE_VERSIONS = frozenset({1, 2, 3, 4, 5})
 SEGMENTS_SINCE = 3  # the first version with segments and occurrences
 MAX_SEGMENT = 10**18 - 1
 DTYPES = frozenset({"f2", "f4", "f8", "i1", "u1", "i4", "i8"})

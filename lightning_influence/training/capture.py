@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def capture(
     training_loss: Measurement | None = None,
     fisher: FisherKind = "empirical",
     fisher_samples: int = 1,
-    bytes_per_example: int = 8192,
+    bytes_per_example: int | None = None,
+    error_budget: float | None = None,
     covariance_positions: int | None = 32,
     index_fn: IndexFn | None = None,
     num_examples: int | None = None,
@@ -64,6 +67,7 @@ def capture(
         fisher: of which labels the curvature is; "sampled" and "exact" need the losses of a `training_step`.
         fisher_samples: labels drawn for each example, with "sampled".
         bytes_per_example: budget of the eigen codec.
+        error_budget: of scores, which chooses the bytes.
         covariance_positions: how many positions of an example enter the covariances.
         index_fn: from a batch to the dataset index of each row, for data that has no indices of its own, such as
             an `IterableDataset`. The loader is then iterated as it is.
@@ -102,6 +106,7 @@ def capture(
         fisher=fisher,
         fisher_samples=fisher_samples,
         bytes_per_example=bytes_per_example,
+        error_budget=error_budget,
         covariance_positions=covariance_positions,
         index_fn=index_fn,
         num_examples=num_examples,
@@ -114,7 +119,15 @@ def capture(
         )
     model = getattr(model, "_orig_mod", model)  # of `torch.compile(model)`
     with kept_random_states():
-        sweep = Sweep(model, layers=layers, codec=codec, loss=loss, training_loss=training_loss, labels=labels)
+        sweep = Sweep(
+            model,
+            layers=layers,
+            codec=codec,
+            loss=loss,
+            training_loss=training_loss,
+            labels=labels,
+            error_budget=error_budget,
+        )
         batches = ExampleBatches(loader, model, index_fn=index_fn, num_examples=num_examples)
         bases, visited = {}, sweep.begin(batches)
         if any(plan.needs_basis for plan in sweep.plans.values()):
@@ -125,27 +138,30 @@ def capture(
             StoreWriter(target, num_examples=batches.num_examples, store_id=uuid.uuid4().hex),
             sweep.plans,
             bases=bases,
-            bytes_per_example=bytes_per_example,
+            bytes_per_example=options.most_bytes,
+            error_budget=error_budget,
             covariance_positions=covariance_positions,
             has_own_labels=labels is not None,
         )
         try:
             sweep.rows(visited, recorder)
-            agreement, counts = finish_sweep(recorder, sweep, model, {"loss": loss})
+            agreement, counts = finish_sweep(recorder, sweep, model, {"loss": loss, **options.facts})
         except BaseException:
             recorder.discard()
             raise
-    _report(target, sweep, agreement, counts)
+    _report(target, sweep, agreement, counts, error_budget)
     return target
 
 
-def _report(path: Path, sweep: Sweep, agreement: Agreement, counts: RecordedCounts) -> None:
+def _report(
+    path: Path, sweep: Sweep, agreement: Agreement, counts: RecordedCounts, error_budget: float | None
+) -> None:
     """What the user should know of the file."""
-    coverage = sweep.tracking.coverage
+    coverage, rounded = sweep.tracking.coverage, report.coarseness(agreement)
     rank_zero_info(
         f"capture: {path} holds {counts.written:,} rows at the model's weights, {counts.missing:,} missing, "
-        f"{counts.invalid:,} invalid, {path.stat().st_size / 1e6:.1f} MB; {coverage.share:.1%} of the trainable "
-        "parameters are attributed"
+        f"{counts.invalid:,} invalid, {path.stat().st_size / 1e6:.1f} MB, {rounded}; "
+        f"{coverage.share:.1%} of the trainable parameters are attributed"
     )
     if any(layer.reason != NOT_CHOSEN for layer in coverage.uncovered):
         rank_zero_warn(f"capture: {coverage}")
@@ -154,4 +170,5 @@ def _report(path: Path, sweep: Sweep, agreement: Agreement, counts: RecordedCoun
             f"capture: {counts.invalid:,} rows have non-finite gradients; they are marked invalid and are in no "
             "factor."
         )
-    report.warn_of_losses(Agreement(codec=agreement.codec), {plan.codec for plan in sweep.plans.values()}, ())
+    codecs = {plan.codec for plan in sweep.plans.values()}
+    report.warn_of_losses(replace(agreement, staleness=math.nan), codecs, (), error_budget)

@@ -224,4 +224,5 @@ class EpochCapture:
             "staleness_spearman": agreement.staleness,
             "staleness_note": agreement.note,
             "codec_spearman": agreement.codec,
+            **self._options.facts,
         }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ class FinalRows:
                 loss=options.loss,
                 trainer=self._trainer,
                 labels=options.label_source,
+                error_budget=options.error_budget,
             )
             visited = sweep.begin(batches)
             needed = [name for name, plan in sweep.plans.items() if plan.needs_basis]
@@ -130,15 +132,21 @@ class FinalRows:
                 StoreWriter(path, num_examples=num_examples, store_id=store_id, segment=self.epoch),
                 sweep.plans,
                 bases=known,
-                bytes_per_example=options.bytes_per_example,
+                bytes_per_example=options.most_bytes,
+                error_budget=options.error_budget,
                 covariance_positions=options.covariance_positions,
                 has_own_labels=options.label_source is not None,
             )
             try:
                 step, rate = self._trainer.global_step, learning_rate(self._trainer)
                 sweep.rows(visited, recorder, step_index=step, learning_rate=rate)
-                facts = {"epoch": self.epoch, "step_start": step, "step_end": step, "loss": options.loss}
-                facts |= {"is_resumed": self._is_resumed, "processes": 1}
+                facts: dict[str, Any] = {
+                    "epoch": self.epoch,
+                    "step_start": step,
+                    "step_end": step,
+                    **options.facts,
+                }
+                facts |= {"is_resumed": self._is_resumed, "processes": 1, "loss": options.loss}
                 agreement, counts = finish_sweep(recorder, sweep, model, facts)
             except BaseException:
                 recorder.discard()

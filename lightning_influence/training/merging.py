@@ -139,7 +139,10 @@ class TrajectoryCapture:
                     segment=epoch,
                 )
                 try:
-                    merged = self._trajectory.merge(writer, bytes_per_example=self._options.bytes_per_example)
+                    options = self._options
+                    merged = self._trajectory.merge(
+                        writer, bytes_per_example=options.most_bytes, error_budget=options.error_budget
+                    )
                     agreement = Agreement(codec=merged.codec_spearman, note=NOTE)
                     self._trajectory.finish(
                         writer,

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lightning_influence.fisher import FisherKind, LabelSource
 from lightning_influence.layer_plan import CodecName
+from lightning_influence.row_choice import UNLIMITED
 from lightning_influence.step import LossKind
 
 Epochs = Literal["last", "every"] | int | list[int]
 Rows = Literal["online", "final"]
 TrajectoryMode = Literal["merge", "segments"]
+DEFAULT_BYTES = 8192
 IndexFn = Callable[[Any], "Sequence[int] | Tensor"]
 
 
@@ -37,7 +39,8 @@ class CaptureOptions:
     fisher: FisherKind = "empirical"
     fisher_samples: int = 1
     loss: LossKind = "auto"
-    bytes_per_example: int = 8192
+    bytes_per_example: int | None = None
+    error_budget: float | None = None
     covariance_positions: int | None = 32
     index_fn: IndexFn | None = None
     index_key: str | int | None = None
@@ -55,11 +58,22 @@ class CaptureOptions:
             raise TypeError(f"`index_fn` must be a function from a batch to indices, got {self.index_fn!r}.")
         if self.index_fn is not None and self.index_key is not None:
             raise ValueError("`index_fn` and `index_key` both say where a batch's indices are; pass one of them.")
-        for name in ("bytes_per_example", "fisher_samples", "covariance_positions", "num_examples"):
-            value, may_be_none = getattr(self, name), name not in ("bytes_per_example", "fisher_samples")
-            if not (value is None and may_be_none) and value < 1:
-                expected = "positive or None" if may_be_none else "positive"
-                raise ValueError(f"`{name}` must be {expected}, got {value}.")
+        for name in ("bytes_per_example", "covariance_positions", "num_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive or None, got {value}.")
+        if self.fisher_samples < 1:
+            raise ValueError(f"`fisher_samples` must be positive, got {self.fisher_samples}.")
+        if self.error_budget is not None and not 0 < self.error_budget < 1:
+            raise ValueError(
+                f"`error_budget` is 1 minus a rank correlation, between 0 and 1, got {self.error_budget}; "
+                "0.02 is a common choice."
+            )
+        if self.error_budget is not None and self.codec not in ("auto", "eigen"):
+            raise ValueError(
+                f"`error_budget` chooses bytes of eigen-coordinates, of which `codec={self.codec!r}` has none; "
+                "pass `codec='auto'` or leave it out."
+            )
         _check_epochs(self.epochs)
         if self.rows == "final" and self.epochs != "last":
             raise ValueError(
@@ -99,6 +113,18 @@ class CaptureOptions:
     def label_source(self) -> LabelSource | None:
         """Where labels come from besides the training set."""
         return None if self.fisher == "empirical" else LabelSource(self.fisher, self.fisher_samples)
+
+    @property
+    def most_bytes(self) -> int:
+        """That rows of the eigen codec may take."""
+        if self.bytes_per_example is not None:
+            return self.bytes_per_example
+        return DEFAULT_BYTES if self.error_budget is None else UNLIMITED
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the file says of the error that was asked for."""
+        return {} if self.error_budget is None else {"error_budget": self.error_budget}
 
     @property
     def merges(self) -> bool:

@@ -57,7 +57,7 @@ def agree_on_plans(
             plans,
             tracking.coverage,
             when=when,
-            bytes_per_example=options.bytes_per_example,
+            bytes_per_example=options.most_bytes,
             merges=options.merges,
             num_examples=num_examples,
         )
@@ -67,7 +67,7 @@ def agree_on_plans(
 def _plans(tracking: LayerTracking, batch: CapturedBatch, options: CaptureOptions) -> dict[str, LayerPlan]:
     if options.merges:
         return plan_whole_gradients(tracking.layers, batch.step.gradients, options.codec)
-    return plan_layers(tracking.layers, batch.step.gradients, options.codec)
+    return plan_layers(tracking.layers, batch.step.gradients, options.codec, options.error_budget)
 
 
 def _common(plans: Sequence[Mapping[str, LayerPlan]]) -> dict[str, LayerPlan]:

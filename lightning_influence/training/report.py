@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_influence.layer_plan import LayerPlan, expected_bytes_per_row, expected_file_bytes
 from lightning_influence.layers import NOT_CHOSEN, Coverage
 from lightning_influence.recorder import RecordedCounts
-from lightning_influence.training.staleness import Agreement
+from lightning_influence.training.staleness import FINE, Agreement
 
 STALE_BELOW = 0.9
-COARSE_BELOW = 0.95
 
 
 def announce(
@@ -80,6 +80,7 @@ def report_file(
     aged = f"staleness {agreement.staleness:.3f}"
     if agreement.note:
         aged = f"staleness not measured ({agreement.note})"
+    aged += f", {coarseness(agreement)}"
     subject = f"epochs {', '.join(map(str, merged))} are merged" if merged else f"epoch {epoch} is"
     rank_zero_info(
         f"InfluenceCallback: {subject} in {path}: {counts.written:,} rows, "
@@ -93,23 +94,39 @@ def report_file(
         )
 
 
-def warn_of_losses(agreement: Agreement, codecs: Collection[str], normalizations: Sequence[str]) -> None:
+def coarseness(agreement: Agreement) -> str:
+    """What rounding and cutting cost, in words."""
+    if math.isnan(agreement.codec):
+        return "what rounding costs was not measured"
+    return f"rounding leaves Spearman {agreement.codec:.3f} of exact gradients' scores"
+
+
+def warn_of_losses(
+    agreement: Agreement,
+    codecs: Collection[str],
+    normalizations: Sequence[str] | None,
+    error_budget: float | None = None,
+) -> None:
     """Say what to do about rows that aged or are coarse; NaN, not measured, is neither.
 
     Args:
         agreement: as measured.
         codecs: of the layers.
-        normalizations: the layers that `normalizations_over_the_batch` found in the captured epoch.
+        normalizations: the layers that `normalizations_over_the_batch` found in the captured epoch, or None.
+        error_budget: that was asked for, 1 minus such a correlation; None for the usual one.
     """
-    if agreement.codec < COARSE_BELOW:
+    wanted = FINE if error_budget is None else 1 - error_budget
+    if agreement.codec < wanted:
         advice = []
-        if "eigen" in codecs:
-            advice.append("pass a larger `bytes_per_example`")
+        if "eigen" in codecs and agreement.fine_bytes:
+            advice.append(f"pass `bytes_per_example={agreement.fine_bytes}` for {FINE}, or an `error_budget`")
+        elif "eigen" in codecs:
+            advice.append("pass a larger `bytes_per_example` or a smaller `error_budget`")
         if "pairs" in codecs:
             advice.append('bring the inputs to one scale, or pass `codec="pairs-float16"`')
         rank_zero_warn(
             f"InfluenceCallback: the stored rows are coarse (Spearman {agreement.codec:.3f} with exact "
-            f"gradients, below {COARSE_BELOW}). What helps: {'; '.join(advice) or 'a finer codec'}. Scores "
+            f"gradients, below {wanted:g}). What helps: {'; '.join(advice) or 'a finer codec'}. Scores "
             "that are summed over many examples lose less."
         )
     if agreement.staleness < STALE_BELOW:

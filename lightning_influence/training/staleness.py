@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_influence.codecs import EigenCodec
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.products import inner_products
@@ -29,6 +30,7 @@ from lightning_influence.gradients import CHUNK_ELEMENTS, FactoredGradient, Laye
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.recorder import Recorder
+from lightning_influence.row_choice import RowTrial
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.step import LossKind
 from lightning_influence.training.asking import (
@@ -41,6 +43,7 @@ from lightning_influence.training.asking import (
 
 EXAMPLES = 128
 QUERIES = 16
+FINE = 0.95  # rank correlation of what the codec stores, below which users are warned
 BATCHES = 8  # as many ages of rows, unless batches are very large or small, or the epoch is short
 
 
@@ -51,11 +54,14 @@ class Agreement:
     Args:
         staleness: rows as captured against rows as they would be at the final weights.
         codec: rows as encoded at the final weights against the gradients themselves.
+        fine_bytes: of the eigen codec that would bring `codec` to .95, as far as it depends on them; 0 where it is
+            that good already, or that is not known.
         note: why they are NaN, if they are.
     """
 
     staleness: float = math.nan
     codec: float = math.nan
+    fine_bytes: int = 0
     note: str = ""
 
 
@@ -175,7 +181,17 @@ def rank_agreement(
         scores[2] += _exact_scores(layer.basis, asked, final[name]).cpu()
     others = ~torch.eye(queries, examples, dtype=torch.bool)  # a query's own row is no news
     aged, now, exact = (each[others].view(queries, examples - 1) for each in scores)
-    return Agreement(mean_rank_correlation(aged, now), mean_rank_correlation(now, exact))
+    codec = mean_rank_correlation(now, exact)
+    return Agreement(mean_rank_correlation(aged, now), codec, _fine_bytes(layers, final) if codec < FINE else 0)
+
+
+def _fine_bytes(layers: Mapping[str, ScoredLayer], final: Mapping[str, LayerGradient]) -> int:
+    """Bytes with which the eigen codec would be `FINE`; 0 without any."""
+    eigen = {name: layer for name, layer in layers.items() if isinstance(layer.codec, EigenCodec)}
+    if not eigen:
+        return 0
+    bases = {name: layer.basis for name, layer in eigen.items()}
+    return RowTrial(bases, {name: layer.Lambda for name, layer in eigen.items()}, final).least_bytes(1 - FINE)
 
 
 def _exact_scores(basis: Eigenbasis, asked: Tensor, gradient: LayerGradient) -> Tensor:

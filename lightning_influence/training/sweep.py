@@ -76,6 +76,7 @@ class Sweep:
         training_loss: `training_loss(model, batch) -> [n]`, each example's own loss; None takes `training_step`.
         trainer: whose precision is used; None for none but the caller's.
         labels: of which covariances and Lambda are, if not of the training set's.
+        error_budget: as for `plan_layers`.
 
     Attributes:
         tracking: the layers that are captured, and the report on all parameters.
@@ -99,6 +100,7 @@ class Sweep:
         training_loss: Measurement | None = None,
         trainer: Trainer | None = None,
         labels: LabelSource | None = None,
+        error_budget: float | None = None,
     ) -> None:
         instead = LOSSES if trainer is None else 'leave out `rows="final"`'
         self._objective = _objective(model, training_loss, instead)
@@ -111,7 +113,7 @@ class Sweep:
         self.plans: dict[str, LayerPlan] = {}
         self.labels, self.label_seconds = labels, 0.0
         self._passes = None if labels is None else LabelPasses(labels, self._model)
-        self._codec = codec
+        self._codec, self._error_budget = codec, error_budget
         self._precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
         scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -141,7 +143,7 @@ class Sweep:
         if step is None:
             raise CaptureError(f"None of {len(looked_at)} batches has a loss; `loader` must give at least one.")
         self.tracking.is_verified = True  # from here on, a layer that is not whole is refused
-        self.plans = plan_layers(self.tracking.layers, step.gradients, self._codec)
+        self.plans = plan_layers(self.tracking.layers, step.gradients, self._codec, self._error_budget)
         report.warn_of_weights(step.scale.factor)
         return chain(looked_at, rest)
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs import DenseCodec, EigenCodec, choose_bits, select_coordinates
+from lightning_influence.codecs import DenseCodec, EigenCodec, allocate
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.errors import CaptureError
 from lightning_influence.functional.eigenvalues import second_moment_sum
@@ -37,6 +37,7 @@ from lightning_influence.layer_record import describe_layers
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
+from lightning_influence.row_choice import RowTrial
 from lightning_influence.row_file import RecordedCounts, specs
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreWriter
@@ -49,6 +50,7 @@ SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
 SAMPLED_PRODUCTS = 5 * 10**10  # multiply-adds for a layer's Lambda, of gradients that are no pairs
 SAMPLED_AT_LEAST = 32  # examples, whatever that takes
 QUERIES = 16
+TRIED_ELEMENTS = 2**27  # of gradients that are in memory at once, unless that is too few examples
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,13 @@ class Trajectory:
             rows = EpochRows(epoch, recorder.writer, dict(recorder.plans), dict(weights), {**facts, **counts})
             self.epochs.append(rows)
 
-    def merge(self, writer: StoreWriter, *, bytes_per_example: int) -> Merged:
+    def merge(self, writer: StoreWriter, *, bytes_per_example: int, error_budget: float | None = None) -> Merged:
         """Make and write one row an example; `finish` puts the file into place.
 
         Args:
             writer: of the file, new.
             bytes_per_example: budget of a row over all layers.
+            error_budget: take no more of it than what this error of scores needs (`row_choice`).
 
         Raises:
             CaptureError: if there are no epochs, or all weights are zero or not finite.
@@ -129,9 +132,14 @@ class Trajectory:
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
         bases = {name: self._basis(name) for name in weights}
         Lambdas = {name: self._mean_squares(name, bases[name], sample, examples, weights[name]) for name in bases}
-        bits = choose_bits(Lambdas, bytes_per_example)
-        chosen = select_coordinates(Lambdas, bytes_per_example, bits)
-        codecs = {name: EigenCodec(basis, *chosen[name], bits) for name, basis in bases.items()}
+        if error_budget is not None:
+            tried = sample[:SAMPLED_EXAMPLES][
+                : max(SAMPLED_AT_LEAST, TRIED_ELEMENTS // sum(L.numel() for L in Lambdas.values()))
+            ]
+            gradients = {name: self._summed(name, tried, examples, weights[name]) for name in bases}
+            bytes_per_example = RowTrial(bases, Lambdas, gradients).least_bytes(error_budget, bytes_per_example)
+        chosen = allocate(Lambdas, bytes_per_example)
+        codecs = {name: EigenCodec.of(basis, chosen[name]) for name, basis in bases.items()}
         layers = {name: ScoredLayer(bases[name], Lambdas[name], codec) for name, codec in codecs.items()}
         writer.create({name: specs(codec) for name, codec in codecs.items()})
         for rows in examples.chunks(min(self._chunk_examples(name) for name in weights)):

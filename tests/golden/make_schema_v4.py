@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_influence.codecs import EigenCodec, select_coordinates
+from lightning_influence.codecs import EigenCodec
 from lightning_influence.curvature import HeuristicDamping
 from lightning_influence.factors import EigenvalueCorrection, KroneckerCovariance
 from lightning_influence.functional.weights import weights_hash
@@ -27,6 +27,8 @@ BITS = {"tokens": 2, "head": 4}
 
 def main() -> None:
     """Rows 0 to 17 of 20, with few bits a coordinate."""
+    from lightning_influence.codecs import select_coordinates  # of that day; `allocate` has taken its place
+
     net = golden_net()
     gradients = captured(net, 18).gradients(18).gradients
     tracked, coverage = track_layers(net)

@@ -10,11 +10,11 @@ import torch
 from lightning_influence import HeuristicDamping, InfluenceModule
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.store import StoreReader
-from tests.golden import make_schema_v1, make_schema_v2, make_schema_v3, make_schema_v4
+from tests.golden import make_schema_v1, make_schema_v2, make_schema_v3, make_schema_v4, make_schema_v5
 
 FOLDER = Path(__file__).parent
-MAKERS = {1: make_schema_v1, 2: make_schema_v2, 3: make_schema_v3, 4: make_schema_v4}
-every_version = pytest.mark.parametrize(("version", "maker"), MAKERS.items(), ids=["v1", "v2", "v3", "v4"])
+MAKERS = {1: make_schema_v1, 2: make_schema_v2, 3: make_schema_v3, 4: make_schema_v4, 5: make_schema_v5}
+every_version = pytest.mark.parametrize(("version", "maker"), MAKERS.items(), ids=["v1", "v2", "v3", "v4", "v5"])
 
 
 @every_version

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_influence.functional import coordinates
 from lightning_influence.functional.coordinates import CoordinateSelection
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis
@@ -241,14 +242,18 @@ def test_moments_and_chosen_coordinates_are_those_of_the_dense(
 ) -> None:
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", chunk)
     gradient, kept = make(), torch.tensor([5, 0, 27, 6])
-    coordinates = rotated(truth(gradient), basis)
-    close(CoordinateSelection(basis, kept).of(gradient), coordinates.flatten(1)[:, kept])
-    close(second_moment_sum(gradient, basis), coordinates.square().sum(0))
+    expected = rotated(truth(gradient), basis)
+    close(CoordinateSelection(basis, kept).of(gradient), expected.flatten(1)[:, kept])
+    close(second_moment_sum(gradient, basis), expected.square().sum(0))
 
 
 @pytest.mark.parametrize("positions", [1, 2, 40])
+@pytest.mark.parametrize("copied", [0, 128], ids=["blocks", "all-products"])
 @pytest.mark.parametrize("kept", [[0], [27, 0], [3, 7, 11], list(range(28))], ids=["one", "two", "column", "all"])
-def test_chosen_coordinates_do_not_depend_on_the_way_they_are_made(positions: int, kept: list[int]) -> None:
+def test_chosen_coordinates_do_not_depend_on_the_way_they_are_made(
+    positions: int, kept: list[int], copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinates, "COPIED", copied)
     gradient = factored(s=positions)
     expected = rotated(truth(gradient), BASES["full"]).flatten(1)[:, kept]
     selection = CoordinateSelection(BASES["full"], torch.tensor(kept))

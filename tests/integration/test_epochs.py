@@ -151,7 +151,7 @@ def test_each_segment_equals_the_file_of_a_run_that_ended_with_its_epoch(tmp_pat
             for name, rows in alone.rows(layer).items():
                 found = segment.rows(layer)[name]
                 if codec == "eigen":  # its basis is of sums that were grouped otherwise
-                    np.testing.assert_allclose(found, rows, rtol=1e-5, atol=float(name == "codes"))
+                    np.testing.assert_allclose(found, rows, rtol=1e-5, atol=float(name == "codes_8"))
                 else:
                     np.testing.assert_array_equal(found, rows)
             for name, factor in alone.factors(layer).items():

@@ -559,8 +559,8 @@ def test_eigen_coordinates_are_within_their_own_bound(
         assert len(codec.coordinates) == layer.Lambda.numel()  # the budget holds them all
         Q_A, Q_S = codec.basis.Q_A.double(), codec.basis.Q_S.double()
         coordinates = (Q_S.T @ true[name] @ Q_A).flatten(1)[:, codec.coordinates] / codec.whitening
-        scales = arrays["scales"].repeat_interleave(64, dim=1)[:, : coordinates.shape[1]]
-        error = (arrays["codes"] * scales - coordinates).abs()
+        scales = arrays["scales_8"].repeat_interleave(64, dim=1)[:, : coordinates.shape[1]]
+        error = (arrays["codes_8"] * scales - coordinates).abs()
         assert bool((error <= scales / 2 + slack * coordinates.abs().amax(1, keepdim=True)).all())
 
 

@@ -182,8 +182,8 @@ def test_hdf5_of_others_is_not_a_store(tmp_path, value):
 
 def test_another_schema_version_is_named(store_path):
     with h5py.File(store_path, "r+") as file:
-        file.attrs["schema_version"] = 5
-    with pytest.raises(SchemaVersionError, match=r"version 5, expected one of \[1, 2, 3, 4\]"):
+        file.attrs["schema_version"] = 6
+    with pytest.raises(SchemaVersionError, match=r"version 6, expected one of \[1, 2, 3, 4, 5\]"):
         StoreReader(store_path)
 
 

@@ -606,7 +606,13 @@ FINE = DataLoader(vector_data(), 4)
         (Task(Mlp()), FINE, {"layers": ["nothing"]}, LayerError, "matches no module"),
         (Task(Mlp()), FINE, {"codec": "zip"}, ValueError, "`codec` must be one of"),
         (Task(Mlp()), FINE, {"loss": "max"}, ValueError, "`loss` must be one of"),
-        (Task(Mlp()), FINE, {"bytes_per_example": 0}, ValueError, "`bytes_per_example` must be positive, got 0"),
+        (
+            Task(Mlp()),
+            FINE,
+            {"bytes_per_example": 0},
+            ValueError,
+            "`bytes_per_example` must be positive or None, got 0",
+        ),
         (Task(Mlp()), FINE, {"covariance_positions": 0}, ValueError, "must be positive or None, got 0"),
     ],
 )

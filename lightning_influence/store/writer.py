@@ -246,7 +246,7 @@ class StoreWriter:
         self._rows["rows/written"][indices] = 1
 
     def read_rows(self, layer: str, indices: slice | np.ndarray) -> dict[str, np.ndarray]:
-        """Some of one layer's rows, by array name, each of shape [n, ...]; for a slice the file's own memory.
+        """Copies of some of one layer's rows, by array name, each of shape [n, ...].
 
         Args:
             layer: its name.
@@ -262,7 +262,7 @@ class StoreWriter:
         if not isinstance(indices, slice):
             check_indices(indices, self.num_examples)
         rows = {name: self._rows[f"layers/{layer}/rows/{name}"] for name in self._layers[layer]}
-        return {name: np.asarray(array[indices]) for name, array in rows.items()}
+        return {name: np.array(array[indices]) for name, array in rows.items()}
 
     def read_column(self, name: str) -> np.ndarray:
         """A copy of one column, shape [N].

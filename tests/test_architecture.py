@@ -22,7 +22,7 @@ FLOORS = [
     {"blocks"},
     {"row_file"},
     {"recorder", "query"},
-    {"trajectory"},
+    {"trajectory", "solvers"},
     {"training"},
     {"callback", "module"},
     {"__init__"},

@@ -65,7 +65,8 @@ class ConjugateGradient(Solver):
             raise ValueError(
                 f"`x0` must have shape {tuple(vectors.shape)} or [{vectors.shape[1]}], got {tuple(self.x0.shape)}."
             )
-        return self.x0.to(vectors).expand_as(vectors).clone()
+        start = self.x0.to(vectors).expand_as(vectors)
+        return start * (vectors != 0).any(1, keepdim=True)  # 0 is solved by 0, and nothing else is near enough
 
     def _rows(
         self, operator: CurvatureOperator, x: Tensor, residual: Tensor, limit: Tensor, maxiter: int

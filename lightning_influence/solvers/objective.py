@@ -71,7 +71,7 @@ class Objective:
     def outputs(self, parameters: Tensor, inputs: Any) -> Any:
         """What the model returns at the given parameters [p]."""
         named = {name: parameters[where].view(self.shapes[name]) for name, where in self.slices.items()}
-        with _evaluating(self.model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with _evaluating(self.model), _twice_differentiable():
             return torch.func.functional_call(self.model, {**self._fixed, **named}, (inputs,))
 
     def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
@@ -179,6 +179,18 @@ def _described(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     return type(value).__name__
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Attention by plain operations: the fused kernels have no second or forward-mode derivatives."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextmanager

@@ -76,9 +76,12 @@ def test_solution_equals_the_dense_one(solver: Solver) -> None:
     torch.testing.assert_close(found.info.residual, rest)
 
 
-@pytest.mark.parametrize("solver", CONVERGENT.values(), ids=CONVERGENT)
-def test_regularization_is_part_of_the_system(solver: Solver) -> None:
+@pytest.mark.parametrize("name", CONVERGENT)
+def test_regularization_is_part_of_the_system(name: str) -> None:
     matrix, vectors = spd(SIZE), random(3, SIZE, seed=1)
+    solver = CONVERGENT[name]
+    if name == "neumann":  # which needs a preconditioner that knows of it
+        solver = PreconditionedNeumann(near(matrix + 0.5 * torch.eye(SIZE).double()), rtol=1e-9)
     operator = DenseOperator(symmetric(matrix), regularization=0.5)
     truth = torch.linalg.solve(matrix + 0.5 * torch.eye(SIZE).double(), vectors.T).T
     torch.testing.assert_close(solver.solve(operator, vectors).value, truth, rtol=1e-6, atol=1e-7)
@@ -104,31 +107,26 @@ def test_rows_do_not_depend_on_one_another(name: str) -> None:
     assert int(alone.info.iterations[0]) == int(together.info.iterations[1])
 
 
-def scipy_cg(matrix: Tensor, vector: Tensor, rtol: float, M: DensePreconditioner | None) -> tuple[np.ndarray, int]:
-    count = [0]
+def scipy_cg(matrix: Tensor, vector: Tensor, maxiter: int, M: DensePreconditioner | None) -> np.ndarray:
     apply = None
     if M is not None:
         size = len(vector)
         apply = scipy.sparse.linalg.LinearOperator(
             (size, size), matvec=lambda v: M.solve(torch.from_numpy(v).reshape(1, -1))[0].numpy(), dtype=np.float64
         )
-    value, status = scipy.sparse.linalg.cg(
-        matrix.numpy(), vector.numpy(), rtol=rtol, M=apply, callback=lambda _: count.__setitem__(0, count[0] + 1)
-    )
-    assert status == 0
-    return value, count[0]
+    return scipy.sparse.linalg.cg(matrix.numpy(), vector.numpy(), rtol=1e-12, M=apply, maxiter=maxiter)[0]
 
 
 @pytest.mark.parametrize("is_preconditioned", [False, True])
 def test_conjugate_gradient_takes_the_iterates_of_scipy(is_preconditioned: bool) -> None:
-    operator, vectors = spd_operator(50, condition=1000), random(3, 50, seed=1)
+    operator, vectors = spd_operator(50, condition=100), random(3, 50, seed=1)
     M = near(operator.matrix) if is_preconditioned else None
     options = {"preconditioner": M} if M is not None else {}
-    found = ConjugateGradient(rtol=1e-8, **options).solve(operator, vectors)
-    for row, (vector, count) in enumerate(zip(vectors, found.info.iterations, strict=True)):
-        value, expected = scipy_cg(operator.matrix, vector, 1e-8, M)
-        assert abs(int(count) - expected) <= 1  # rounding may move the last iteration
-        np.testing.assert_allclose(found.value[row].numpy(), value, rtol=0, atol=1e-5 * np.abs(value).max())
+    for maxiter in (1, 2, 5, 10):
+        with pytest.warns(UserWarning, match="did not converge"):
+            found = ConjugateGradient(rtol=1e-12, maxiter=maxiter, **options).solve(operator, vectors)
+        expected = np.stack([scipy_cg(operator.matrix, vector, maxiter, M) for vector in vectors])
+        np.testing.assert_allclose(found.value.numpy(), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_preconditioned_conjugate_gradient_needs_fewer_iterations() -> None:

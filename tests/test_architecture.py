@@ -34,7 +34,7 @@ ONLY_IN = {
     "lightning_utilities": {"training"},
     "torchmetrics": {"factors", "metrics"},
 }
-OPTIONAL = ("matplotlib", "sklearn", "transformers", "torchvision", "scipy", "pandas")
+OPTIONAL = ("matplotlib", "sklearn", "transformers", "torchvision", "scipy", "pandas", "statsmodels")
 
 
 def room_of(path: Path) -> str:

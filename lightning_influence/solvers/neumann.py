@@ -16,13 +16,14 @@ from lightning_influence.solvers.stationary import Sampling, check_sampling, ite
 class PreconditionedNeumann(Solver):
     """x <- x + step M⁻¹ (v - H x) from x = 0, in the manner of ASTRA (Wang et al. 2025, arXiv:2507.14740).
 
-    With EK-FAC for M the first iterate is EK-FAC's answer, and each further one removes some of what EK-FAC
-    gets wrong. It converges if step times the largest eigenvalue of M⁻¹ H is below 2: M must not be much smaller
+    With EK-FAC for M and step 1 the first iterate is EK-FAC's answer, and each further one removes some of what
+    EK-FAC gets wrong. It converges if step times the largest eigenvalue of M⁻¹ H is below 2: M must not be much smaller
     than H in any direction, so damp it. (Of the paper, only the iteration is taken; the schedule is yours.)
 
     Args:
         preconditioner: M.
-        step: a positive number, or a function of the iteration's number; with `sampling="batch"` it should decay.
+        step: a positive number; None for 1 / 1.1 of the largest eigenvalue of M⁻¹ H, by power iteration; or a
+            function of the iteration's number, which should decay with `sampling="batch"`.
         maxiter: of iterations; 1 gives M⁻¹ v, for step 1.
         rtol: of the residual at which to stop.
         sampling: "all" uses every batch in each iteration; "batch" one at random, always for `maxiter`.
@@ -30,7 +31,7 @@ class PreconditionedNeumann(Solver):
     """
 
     preconditioner: Preconditioner
-    step: float | Callable[[int], float] = 1.0
+    step: float | Callable[[int], float] | None = 1.0
     maxiter: int = 100
     rtol: float = 1e-4
     sampling: Sampling = "all"
@@ -49,9 +50,11 @@ class PreconditionedNeumann(Solver):
         return self.rtol * sizes
 
     def _solve(self, operator: CurvatureOperator, vectors: Tensor) -> Draft:
+        automatic = 1.0 if self.step is not None else 1 / (1.1 * self._largest_eigenvalue(operator))
+
         def change(residual: Tensor, k: int) -> Tensor:
             step = self.step(k) if callable(self.step) else self.step
-            return step * self.preconditioner.solve(residual)
+            return (automatic if step is None else step) * self.preconditioner.solve(residual)
 
         try:
             draft, _ = iterate(
@@ -65,10 +68,13 @@ class PreconditionedNeumann(Solver):
                 seed=self.seed,
             )
         except DivergenceError as error:
-            largest = largest_eigenvalue(operator, self.preconditioner.solve)
+            largest = self._largest_eigenvalue(operator)
             raise DivergenceError(
                 f"PreconditionedNeumann diverges: M⁻¹ H's largest eigenvalue is about {largest:.3g}, and `step` "
                 f'must be below {2 / largest:.2g} (lower with `sampling="batch"`); H must have no negative '
                 "eigenvalue. Lower `step`, or raise the preconditioner's damping or `hessian_regularization`."
             ) from error
         return draft
+
+    def _largest_eigenvalue(self, operator: CurvatureOperator) -> float:
+        return largest_eigenvalue(operator, self.preconditioner.solve)

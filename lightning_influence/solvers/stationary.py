@@ -57,6 +57,7 @@ def iterate(
     generator = torch.Generator().manual_seed(seed)
     sizes = vectors.norm(dim=1)
     iterations = torch.zeros(len(vectors), dtype=torch.int64)
+    halfway = sizes
     for k in range(maxiter + 1):
         if k:
             batch = _drawn(operator, generator) if sampling == "batch" else None
@@ -66,6 +67,10 @@ def iterate(
             raise DivergenceError(
                 f"The residual after {k} steps is {_growth(norms, sizes)} times the right-hand side."
             )
+        if k == maxiter // 2:
+            halfway = norms
+        if k == maxiter and sampling == "all" and bool((norms > sizes.maximum(halfway)).any()):
+            raise DivergenceError(f"The residual grew in the last {k - maxiter // 2} steps, beyond the start's.")
         active = norms > limit if sampling == "all" else torch.ones_like(norms, dtype=torch.bool)
         if k == maxiter or not bool(active.any()):
             break

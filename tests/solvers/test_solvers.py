@@ -59,6 +59,9 @@ CONVERGENT: dict[str, Solver] = {
     "lissa": LiSSA(rtol=1e-9, maxiter=10_000),
     "lissa with a scale": LiSSA(rtol=1e-9, maxiter=10_000, scale=1.0),
     "neumann": PreconditionedNeumann(near(spd(SIZE)), rtol=1e-9),
+    "neumann with its own step": PreconditionedNeumann(
+        DensePreconditioner(0.1 * torch.eye(SIZE).double()), step=None, rtol=1e-9, maxiter=10_000
+    ),
     "arnoldi of full rank": Arnoldi(rank=SIZE),
     "nystroem of full rank": Nystroem(rank=SIZE),
 }
@@ -266,6 +269,12 @@ def test_a_decaying_step_reduces_the_noise_of_sampled_batches() -> None:
 def test_lissa_says_that_it_diverges_and_what_scale_would_do() -> None:
     with pytest.raises(DivergenceError, match=r"LiSSA diverges with scale 0.4 .*eigenvalue is about 1.*`scale`"):
         LiSSA(scale=0.4).solve(spd_operator(SIZE), random(2, SIZE, seed=1))
+
+
+def test_slow_divergence_is_not_taken_for_slow_convergence() -> None:
+    operator = spd_operator(SIZE)  # largest eigenvalue 1: each step multiplies the error by -1.04
+    with pytest.raises(DivergenceError, match="LiSSA diverges"):
+        LiSSA(scale=0.49, maxiter=100).solve(operator, random(2, SIZE, seed=1))
 
 
 def test_neumann_says_that_it_diverges() -> None:

@@ -105,7 +105,7 @@ class ConjugateGradient(Solver):
             product = operator.product(direction)
             _curvature(direction, product)
             curvature = direction @ product.T
-            step = torch.linalg.lstsq(curvature, torch.eye(len(S)).to(S)).solution  # its inverse
+            step = torch.linalg.inv((curvature + curvature.T) / 2)
             x += C @ step @ direction
             residual = residual - C @ step @ product
             Q, change = _orthonormal_rows(Q - step @ W(product))

@@ -17,8 +17,9 @@ class PreconditionedNeumann(Solver):
     """x <- x + step M⁻¹ (v - H x) from x = 0, in the manner of ASTRA (Wang et al. 2025, arXiv:2507.14740).
 
     With EK-FAC for M and step 1 the first iterate is EK-FAC's answer, and each further one removes some of what
-    EK-FAC gets wrong. It converges if step times the largest eigenvalue of M⁻¹ H is below 2: M must not be much smaller
-    than H in any direction, so damp it. (Of the paper, only the iteration is taken; the schedule is yours.)
+    EK-FAC gets wrong. It converges if step times the largest eigenvalue of M⁻¹ H is below 2. EK-FAC from training
+    labels is too small where the model fits its labels well; then take a smaller step, or None. (Of the paper only
+    the iteration is taken, not its schedule of steps and batches.)
 
     Args:
         preconditioner: M.

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.solvers.base import CurvatureOperator, DivergenceError, Draft
 
 Sampling = Literal["all", "batch"]
+LONG = 10  # iterations, by which convergence shows
 DIVERGED = 1e4  # times ||v||: no iteration that converges lets the residual grow so far
 
 
@@ -69,7 +70,7 @@ def iterate(
             )
         if k == maxiter // 2:
             halfway = norms
-        if k == maxiter and sampling == "all" and bool((norms > sizes.maximum(halfway)).any()):
+        if k == maxiter >= LONG and sampling == "all" and bool((norms > sizes.maximum(halfway)).any()):
             raise DivergenceError(f"The residual grew in the last {k - maxiter // 2} steps, beyond the start's.")
         active = norms > limit if sampling == "all" else torch.ones_like(norms, dtype=torch.bool)
         if k == maxiter or not bool(active.any()):

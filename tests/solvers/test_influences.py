@@ -18,6 +18,7 @@ from lightning_influence.solvers import (
     EKFACPreconditioner,
     Exact,
     GaussNewtonOperator,
+    Objective,
     PreconditionedNeumann,
     compute_influence_factors,
     compute_influences,
@@ -226,6 +227,39 @@ def test_neumann_with_ekfac_goes_from_the_files_scores_to_the_solution(tmp_path:
         PreconditionedNeumann(M, step=0.5, maxiter=2000, rtol=1e-8),
     ):
         torch.testing.assert_close(solver.solve(operator, queries).value, truth, rtol=1e-5, atol=1e-6)
+
+
+class Convolutions(nn.Module):
+    """A convolution, normalizations, attention and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 3, padding=1)
+        self.norm = nn.BatchNorm1d(3)
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+        self.scale = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x)).transpose(1, 2)
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        return self.head(self.scale(h).mean(1))
+
+
+def test_every_layers_factors_find_their_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Convolutions().double().eval()
+    inputs, targets = random(20, 2, 4, seed=1), torch.arange(20) % 3
+    query = [random(3, 2, 4, seed=2), torch.arange(3)]
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=10)
+    path = capture(model, loader, tmp_path / "f.h5", training_loss=training_loss, codec="pairs-float32")
+    influence = InfluenceModule.attach(model, path)
+    assert influence.coverage.share == 1
+    scores = influence.scores(query, damping=0.05, measurement=lambda model, batch: -training_loss(model, batch))
+    M = EKFACPreconditioner.from_store(model, path, damping=0.05)
+    objective = Objective(model, class_loss)
+    rows, queries = (objective.gradients(objective.batches([data])[0]) for data in ((inputs, targets), query))
+    torch.testing.assert_close(M.solve(queries) @ rows.T, scores.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_ekfac_speeds_up_conjugate_gradients_where_the_empirical_fisher_is_near(tmp_path: Path) -> None:

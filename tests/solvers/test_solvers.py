@@ -155,6 +155,13 @@ def test_block_conjugate_gradient_takes_dependent_right_hand_sides(rank: int) ->
     torch.testing.assert_close(found.value, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
 
 
+def test_block_conjugate_gradient_takes_more_right_hand_sides_than_unknowns() -> None:
+    operator, vectors = spd_operator(6), random(9, 6, seed=1)
+    found = ConjugateGradient(rtol=1e-10, block=True).solve(operator, vectors)
+    torch.testing.assert_close(found.value, torch.linalg.solve(operator.matrix, vectors.T).T)
+    assert int(found.info.iterations.max()) == 1  # they span all directions
+
+
 def test_arnoldi_finds_the_eigenpairs_of_scipy() -> None:
     Q, _ = torch.linalg.qr(random(80, 80, seed=4))
     spectrum = torch.cat([torch.tensor([9.0, -8.0, 5.0, 3.0]).double(), torch.linspace(-0.5, 0.5, 76).double()])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.solvers.base import Solution, Solver
-from lightning_influence.solvers.objective import Loss, Objective
+from lightning_influence.solvers.objective import Loss, Objective, check_order
 from lightning_influence.solvers.operators import CHUNK_VECTORS, OPERATORS, CurvatureName
 
 Mode = Literal["up", "perturbation"]
@@ -74,9 +74,11 @@ def compute_influences(
     """
     if mode not in ("up", "perturbation"):
         raise ValueError(f'`mode` must be "up" or "perturbation", got {mode!r}.')
+    check_order(train_loader, "train_loader")
+    train = list(train_loader)  # drawn once: columns are of the examples that H is of
     factors = compute_influence_factors(
         model,
-        train_loader,
+        train,
         query_loader,
         loss=loss,
         solver=solver,
@@ -85,7 +87,7 @@ def compute_influences(
         measurement=measurement,
         dtype=dtype,
     )
-    return influences_of_factors(model, train_loader, factors.value, loss=loss, mode=mode, dtype=dtype)
+    return influences_of_factors(model, train, factors.value, loss=loss, mode=mode, dtype=dtype)
 
 
 def compute_influence_factors(

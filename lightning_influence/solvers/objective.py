@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -163,13 +163,15 @@ def check_order(loader: Iterable[Any], argument: str) -> None:
         raise TypeError(f"`{argument}` must be a loader or a list of batches, got an iterator.")
     if not isinstance(loader, DataLoader):
         return
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if not isinstance(sampler, SequentialSampler):
+    batches = loader.batch_sampler
+    is_plain = batches is None or type(batches) is BatchSampler
+    sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
+    if not is_plain or not isinstance(sampler, SequentialSampler):
         raise ValueError(
-            f"`{argument}` draws by {type(sampler).__name__}, so that its order says nothing of the dataset's; "
-            "pass a DataLoader with shuffle=False."
+            f"`{argument}` draws by {type(sampler if is_plain else batches).__name__}, so that its order need not "
+            "be the dataset's; pass a DataLoader with shuffle=False, or list(loader) for the order that it draws now."
         )
-    if loader.drop_last:
+    if getattr(batches, "drop_last", False):
         raise ValueError(f"`{argument}` leaves examples out; pass a DataLoader with drop_last=False.")
 
 

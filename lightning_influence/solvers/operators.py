@@ -105,7 +105,13 @@ class GaussNewtonOperator(ModelOperator):
         parameters = self.objective.parameters
 
         def outputs(parameters: Tensor) -> Tensor:
-            return self.objective.outputs(parameters, batch.inputs)
+            found = self.objective.outputs(parameters, batch.inputs)
+            if not isinstance(found, Tensor):
+                raise TypeError(
+                    f"The Gauss-Newton matrix needs a model that returns one tensor, got {type(found).__name__}; wrap "
+                    'the model, or use the curvature "hessian".'
+                )
+            return found
 
         def loss_gradient(outputs: Tensor) -> Tensor:
             return torch.func.grad(lambda y: self.objective.loss(y, batch.targets).sum())(outputs)

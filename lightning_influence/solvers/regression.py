@@ -98,7 +98,7 @@ def ols_influence(features: Tensor, targets: Tensor, *, solver: Solver | None = 
             as influences of any model do: the fit is one Newton step from zero.
 
     Raises:
-        ValueError: if the shapes do not fit, or the columns are linearly dependent.
+        ValueError: if the shapes do not fit, or the columns are linearly dependent, also without some example.
 
     Example:
         >>> x = torch.tensor([0.0, 1.0, 2.0, 10.0])
@@ -107,7 +107,13 @@ def ols_influence(features: Tensor, targets: Tensor, *, solver: Solver | None = 
         (3, 2.0)
     """
     X, y = _checked(features, targets)
-    return _closed_form(X, y) if solver is None else _by_solver(X, y, solver)
+    found = _closed_form(X, y) if solver is None else _by_solver(X, y, solver)
+    if float(found.leverage.max()) > 1 - 1e-10:
+        raise ValueError(
+            f"Example {int(found.leverage.argmax())} has leverage 1: a coefficient depends on it alone, "
+            "and there is no fit without it; leave that column of `features` out."
+        )
+    return found
 
 
 def _closed_form(X: Tensor, y: Tensor) -> OLSInfluence:

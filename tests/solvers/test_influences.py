@@ -100,6 +100,27 @@ def test_results_do_not_depend_on_the_batch_size(mode: str) -> None:
         torch.testing.assert_close(found[0], other)
 
 
+def test_a_train_loader_is_drawn_once() -> None:
+    model, X, y, queries, query_targets = ridge()
+
+    class Augmented(TensorDataset):
+        draws = 0
+
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            type(self).draws += 1
+            return super().__getitem__(index)
+
+    compute_influences(
+        model,
+        DataLoader(Augmented(X, y), batch_size=10),
+        [(queries, query_targets)],
+        loss=half_square,
+        solver=Exact(),
+        hessian_regularization=WEIGHT_DECAY,
+    )
+    assert Augmented.draws == len(X)
+
+
 def test_scores_of_a_converged_classifier_are_those_of_its_objective() -> None:
     X, queries = random(40, 4, seed=1), random(5, 4, seed=2)
     y, query_targets = torch.arange(40) % 3, torch.arange(5) % 3

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Sampler, TensorDataset
 
 from lightning_influence.solvers import GaussNewtonOperator, HessianOperator, Objective
 from tests.reference.models import random, seeded_token_model
@@ -203,9 +203,19 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in problem.model.parameters())
 
 
+def dataset() -> TensorDataset:
+    return TensorDataset(classifier().inputs, classifier().targets)
+
+
 def loader(**options: object) -> DataLoader:
-    problem = classifier()
-    return DataLoader(TensorDataset(problem.inputs, problem.targets), batch_size=8, **options)
+    return DataLoader(dataset(), batch_size=8, **options)
+
+
+class Backwards(Sampler):
+    """Batches of one's own."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[3, 2], [1, 0]])
 
 
 def test_a_data_loader_in_order_is_taken() -> None:
@@ -218,6 +228,8 @@ def test_a_data_loader_in_order_is_taken() -> None:
     [
         (lambda: loader(shuffle=True), "RandomSampler.*shuffle=False"),
         (lambda: loader(drop_last=True), "drop_last=False"),
+        (lambda: DataLoader(dataset(), batch_sampler=Backwards()), "draws by Backwards"),
+        (lambda: DataLoader(dataset(), batch_sampler=BatchSampler(range(4), 2, False)), "draws by range"),
         (lambda: [], "no batch"),
     ],
 )
@@ -250,3 +262,21 @@ def test_losses_that_are_not_finite_are_refused() -> None:
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         Objective(nn.Linear(2, 2).requires_grad_(False), class_loss)
+
+
+class Named(nn.Linear):
+    """Returns its outputs in a dictionary."""
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(inputs)}
+
+
+def test_gauss_newton_of_several_outputs_is_refused_where_the_hessian_is_not() -> None:
+    def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return class_loss(outputs["logits"], targets)
+
+    model, data = Named(4, 3).double(), [(random(6, 4), torch.arange(6) % 3)]
+    vectors = torch.ones(1, 15).double()
+    assert HessianOperator.from_loader(model, data, loss=loss).product(vectors).shape == (1, 15)
+    with pytest.raises(TypeError, match="returns one tensor, got dict"):
+        GaussNewtonOperator.from_loader(model, data, loss=loss).product(vectors)

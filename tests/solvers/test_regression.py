@@ -86,3 +86,11 @@ def test_unfit_data_are_refused() -> None:
         ols_influence(torch.cat([X, X[:, :1]], 1), y)
     with pytest.raises(ValueError, match="must be finite"):
         ols_influence(X, y * torch.inf)
+
+
+def test_an_example_that_alone_decides_a_coefficient_is_refused() -> None:
+    X, y = data()
+    only = torch.zeros(len(X), 1).double()
+    only[7] = 1
+    with pytest.raises(ValueError, match=r"Example 7 has leverage 1"):
+        ols_influence(torch.cat([X, only], 1), y)

@@ -169,7 +169,7 @@ def check_order(loader: Iterable[Any], argument: str) -> None:
     if not is_plain or not isinstance(sampler, SequentialSampler):
         raise ValueError(
             f"`{argument}` draws by {type(sampler if is_plain else batches).__name__}, so that its order need not "
-            "be the dataset's; pass a DataLoader with shuffle=False, or list(loader) for the order that it draws now."
+            "be the dataset's; pass a DataLoader with shuffle=False, or list(loader) for one draw's order."
         )
     if getattr(batches, "drop_last", False):
         raise ValueError(f"`{argument}` leaves examples out; pass a DataLoader with drop_last=False.")

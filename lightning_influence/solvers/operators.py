@@ -108,8 +108,8 @@ class GaussNewtonOperator(ModelOperator):
             found = self.objective.outputs(parameters, batch.inputs)
             if not isinstance(found, Tensor):
                 raise TypeError(
-                    f"The Gauss-Newton matrix needs a model that returns one tensor, got {type(found).__name__}; wrap "
-                    'the model, or use the curvature "hessian".'
+                    f"The Gauss-Newton matrix needs a model that returns one tensor, got {type(found).__name__}; "
+                    'wrap the model, or use the curvature "hessian".'
                 )
             return found
 

@@ -7,6 +7,7 @@ from lightning_influence.gradients import FactoredGradient
 from lightning_influence.layers import LayerAdapter, register_adapter
 from lightning_influence.module import InfluenceModule
 from lightning_influence.query import Attribution
+from lightning_influence.solvers import compute_influence_factors, compute_influences
 from lightning_influence.training.capture import capture
 
 __version__ = "0.1.0"
@@ -23,5 +24,7 @@ __all__ = [
     "TrainingDamping",
     "WeightDecayDamping",
     "capture",
+    "compute_influence_factors",
+    "compute_influences",
     "register_adapter",
 ]

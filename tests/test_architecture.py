@@ -22,7 +22,7 @@ FLOORS = [
     {"blocks"},
     {"row_file", "fisher"},
     {"recorder", "query"},
-    {"trajectory"},
+    {"trajectory", "solvers"},
     {"training"},
     {"callback", "module"},
     {"cli"},
@@ -35,7 +35,7 @@ ONLY_IN = {
     "lightning_utilities": {"training"},
     "torchmetrics": {"factors", "metrics"},
 }
-OPTIONAL = ("matplotlib", "sklearn", "transformers", "torchvision", "scipy", "pandas")
+OPTIONAL = ("matplotlib", "sklearn", "transformers", "torchvision", "scipy", "pandas", "statsmodels")
 
 
 def room_of(path: Path) -> str:

@@ -257,7 +257,7 @@ class InfluenceQuery:
     ) -> dict[str, Tensor]:
         """This segment's scores, added up over groups of layers; without a valid row they mean nothing."""
         scores: dict[str, Tensor] = {}
-        rules = self._rules(curvature, damping)
+        rules = self.dampings(curvature, damping)
         for name, layer in self.layers.items():
             preconditioned = layer.precondition(queries[name].to(self.device), curvature, rules[name])
             added = scores.setdefault(group_of(name), torch.zeros(len(preconditioned), self.num_examples))
@@ -270,7 +270,7 @@ class InfluenceQuery:
         return scores
 
     def _own_self_influence(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Tensor:
-        result, rules = torch.zeros(self.num_examples), self._rules(curvature, damping)
+        result, rules = torch.zeros(self.num_examples), self.dampings(curvature, damping)
         for name, layer in self.layers.items():
             if isinstance(curvature, RowCurvature):
                 part = curvature.rows_part(self._rows(name), layer.Lambda, rules[name])
@@ -286,8 +286,8 @@ class InfluenceQuery:
         codec, valid = self.layers[name].codec, self.valid
         return StoredRows(where, maps, codec, valid, device=self.device, kept=self._row_products)
 
-    def _rules(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Mapping[str, Damping]:
-        """Each layer's damping, by name."""
+    def dampings(self, curvature: Curvature, damping: Damping | DampingOfLayers) -> Mapping[str, Damping]:
+        """Each layer's rule, by name, of one that may look at all of them."""
         if not isinstance(damping, DampingOfLayers):
             return dict.fromkeys(self.layers, damping)
         penalties = read_penalties(self.store, self.layers)

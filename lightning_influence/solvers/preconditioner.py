@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.curvature import Damping, as_damping, get_curvature
+from lightning_influence.curvature import AnyDamping, as_damping, get_curvature
 from lightning_influence.errors import WeightsMismatchError
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.layers import TrackedLayer, find_layers
@@ -85,7 +85,7 @@ class EKFACPreconditioner:
         model: nn.Module,
         store: str | os.PathLike[str] | StoreReader,
         *,
-        damping: Damping | float = DEFAULT_DAMPING,
+        damping: AnyDamping = DEFAULT_DAMPING,
         curvature: str = "ekfac",
     ) -> EKFACPreconditioner:
         """Take the factors from a file that was captured for the model.
@@ -102,9 +102,13 @@ class EKFACPreconditioner:
         reader = store if isinstance(store, StoreReader) else StoreReader(store)
         kind, rule = get_curvature(curvature), as_damping(damping)
         size, positions = _positions(model, reader)
+        query = InfluenceQuery(reader)
+        rules = query.dampings(kind, rule)
         blocks = [
-            KroneckerBlock(positions[name], layer.basis, kind.inverse_eigenvalues(layer.basis, layer.Lambda, rule))
-            for name, layer in InfluenceQuery(reader).layers.items()
+            KroneckerBlock(
+                positions[name], layer.basis, kind.inverse_eigenvalues(layer.basis, layer.Lambda, rules[name])
+            )
+            for name, layer in query.layers.items()
         ]
         return cls(size, [_positive(block) for block in blocks])
 

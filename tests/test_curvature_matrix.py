@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_influence.codecs import Codec, DenseCodec, EigenCodec
 from lightning_influence.codecs.base import _CODECS
-from lightning_influence.codecs.tiers import tier_of
+from lightning_influence.codecs.tiers import Tier, tier_of
 from lightning_influence.curvature import (
     AbsoluteDamping,
     Damping,
@@ -104,6 +104,16 @@ def eigen(bits: int, share: float) -> Callable[[ScoredLayer], Codec]:
     return make
 
 
+def tiers(layer: ScoredLayer) -> Codec:
+    """Of all coordinates, the leading ones with more bits."""
+    one, two, rest = layer.Lambda.flatten().argsort(descending=True).tensor_split(3)
+    coordinates = torch.cat([one, two, rest])
+    whitening = (layer.Lambda + 0.1 * layer.Lambda.mean()).flatten()[coordinates].sqrt()
+    sizes = {8: len(one), 4: len(two), 2: len(rest)}
+    kept = [Tier(bits, size, suffix=f"_{bits}") for bits, size in sizes.items() if size]
+    return EigenCodec(layer.basis, coordinates, whitening, kept)
+
+
 def dense(dtype: RowDtype) -> Callable[[ScoredLayer], Codec]:
     return lambda layer: DenseCodec(layer.basis.shape, dtype=dtype)
 
@@ -128,6 +138,7 @@ FILES: dict[str, Callable[[Path], InfluenceQuery]] = {
     "eigen-8-bits-some": lambda path: recoded(path, vectors(path.with_name("a.h5"), "eigen"), eigen(8, 0.5)),
     "eigen-4-bits": lambda path: recoded(path, vectors(path.with_name("a.h5"), "eigen"), eigen(4, 1.0)),
     "eigen-2-bits": lambda path: recoded(path, sequences(path.with_name("a.h5"), "eigen"), eigen(2, 0.6)),
+    "eigen-tiers": lambda path: recoded(path, sequences(path.with_name("a.h5"), "eigen"), tiers),
 }
 
 

@@ -11,9 +11,10 @@ of the whole path, of the codec alone (rows of the final weights, compressed), a
     python examples/benchmarks/fidelity.py --workload w3 --seeds 3 --epochs 8
     python examples/benchmarks/fidelity.py --results fidelity.json --picture examples/benchmarks/fidelity.png
 
-Also: two captures of the same weights whose data come in another order must agree (self-noise), and two other ways
-to store gradients (`fidelity_baselines.py`), from the final weights' gradients. One thread. Needs the extra
-`examples` and Debian's package `dataset-fashion-mnist`; about 4 GB of disk for the exact rows (`TMPDIR`).
+Also: two captures of the same weights whose data come in another order must agree (self-noise; with labels drawn
+from the model, their noise too), and two other ways to store gradients (`fidelity_baselines.py`), from the final
+weights' gradients. One thread. Needs the extra `examples` and Debian's package `dataset-fashion-mnist`; about 4 GB
+of disk for the exact rows (`TMPDIR`).
 """
 
 # %%
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule, capture
+from lightning_influence.curvature import HeuristicDamping
 from lightning_influence.query import InfluenceQuery
 
 EXACT = {"codec": "pairs-float32"}
@@ -116,7 +118,8 @@ def at_final_weights(net: nn.Module, data: Data, path: Path, **options: Any) -> 
 def scores_of(net: nn.Module, path: Path, queries: Data) -> tuple[Tensor, int]:
     """Scores [q, n], and the bytes of a row."""
     influence = InfluenceModule.attach(net, path)
-    return influence.scores(queries, measurement=minus_losses), int(influence.store.attributes["bytes_per_row"])
+    scores = influence.scores(queries, measurement=minus_losses, damping=HeuristicDamping(0.1))
+    return scores, int(influence.store.attributes["bytes_per_row"])
 
 
 # %%
@@ -190,21 +193,26 @@ def measure(name: str, workload: Workload, seed: int, folder: Path) -> Iterator[
         path = at_final_weights(inner, task.train, folder / "final.h5", **options)
         found, nbytes = scores_of(inner, path, task.queries)
         yield result("codec", names, nbytes, found)
-    yield self_noise(name, workload, seed, inner, folder)
+    yield self_noise(name, workload, seed, inner, folder, training_loss=example_losses)
+    yield self_noise(name, workload, seed, net, folder, fisher="sampled")
     if seed == 0 and args.baselines:
         yield from baselines(result, workload, inner, exact, folder)
 
 
-def self_noise(name: str, workload: Workload, seed: int, net: nn.Module, folder: Path) -> Result:
+def self_noise(name: str, workload: Workload, seed: int, net: nn.Module, folder: Path, **options: Any) -> Result:
     """Two captures of the same weights, whose data come in another order; as pairs, or with the most bytes."""
     (inputs, targets), queries = workload.task.data
-    names = next((names for names in workload.options if names[0] == "pairs"), list(workload.options)[-1])
-    options = workload.options[names]
+    curve, point = next((names for names in workload.options if names[0] == "pairs"), list(workload.options)[-1])
+    options |= workload.options[curve, point]
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(1))
-    one, nbytes = scores_of(net, at_final_weights(net, (inputs, targets), folder / "one.h5", **options), queries)
-    shuffled = inputs[order], targets[order]
-    two, _ = scores_of(net, at_final_weights(net, shuffled, folder / "two.h5", **options), queries)
-    return Result(name, seed, "noise", *names, nbytes, *compare(two, one[:, order]))
+    found, nbytes = {}, 0
+    for path, rows in ((folder / "one.h5", torch.arange(len(inputs))), (folder / "two.h5", order)):
+        loader = DataLoader(TensorDataset(inputs[rows], targets[rows]), 64)
+        found[path.stem], nbytes = scores_of(net, capture(net, loader, path, **options), queries)
+    drawn = ", labels drawn" if "fisher" in options else ""
+    return Result(
+        name, seed, "noise", curve, point + drawn, nbytes, *compare(found["two"], found["one"][:, order])
+    )
 
 
 def baselines(result: Any, workload: Workload, net: nn.Module, exact: Path, folder: Path) -> Iterator[Result]:

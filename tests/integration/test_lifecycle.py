@@ -414,7 +414,7 @@ def test_an_index_fn_that_is_no_function_is_refused() -> None:
 
 
 def test_a_budget_of_no_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="`bytes_per_example` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`bytes_per_example` must be positive or None, got 0"):
         InfluenceCallback(bytes_per_example=0)
 
 

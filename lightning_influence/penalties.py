@@ -48,7 +48,10 @@ def read_penalties(store: StoreReader, layers: Iterable[str]) -> dict[str, Penal
 
 def _read(store: StoreReader, entry: Mapping[str, Any]) -> Penalties:
     optimizer = entry.get("optimizer", "no optimizer")
-    why = f"{store.path} was captured with {optimizer}, of which it is not known, or in a run that was resumed"
+    why = (
+        f"{store.path} was captured with {optimizer}, and it is known of SGD, Adam and AdamW only, in a run that "
+        "was not resumed, whose steps Lightning sees and whose layers share a loss; train and capture so"
+    )
     return Penalties(_number(entry.get("decay")), _number(entry.get("stopping")), _advice(why))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -67,9 +68,10 @@ class StoredRows:
 
     def _products(self) -> Tensor:
         products = torch.empty(self.count, self.count, dtype=torch.float64, device=self._device)
-        for one in self._parts():
+        parts = self._parts(self._codec.product_elements(self.width))
+        for one in parts:
             arrays = self._read(one)
-            for other in self._parts():
+            for other in parts:
                 if other.start < one.start:
                     products[one, other] = products[other, one].T
                 else:
@@ -78,11 +80,12 @@ class StoredRows:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Some rows at a time: which of the valid ones, and they as vectors, float64 [m, k]."""
-        for part in self._parts():
+        for part in self._parts(self.width):
             yield part, self._codec.vectors(self._read(part)).double()
 
-    def _parts(self) -> list[slice]:
-        step = max(1, BLOCK_ELEMENTS // self.width)
+    def _parts(self, elements: int) -> list[slice]:
+        """As many rows at a time as have room, if each takes so many elements."""
+        step = max(1, min(BLOCK_ELEMENTS // elements, math.isqrt(BLOCK_ELEMENTS)))
         return [slice(start, min(start + step, self.count)) for start in range(0, self.count, step)]
 
     def _read(self, part: slice) -> dict[str, Tensor]:

@@ -51,6 +51,10 @@ class Codec(ABC):
         """The rows in some orthonormal basis of what they can hold, shape [n, k]; the same basis for all rows."""
         return self.decode(arrays).flatten(1)
 
+    def product_elements(self, width: int) -> int:
+        """Numbers that `products` makes of a row, whose vector has `width`."""
+        return width
+
     def products(self, arrays: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
         """Inner products <G_n, G_m> of rows with other rows, float64 [n, m]."""
         return self.vectors(arrays).double() @ self.vectors(others).double().T

@@ -95,6 +95,10 @@ class PairsCodec(Codec):
         """Weighted squares of the rotated gradients, shape [n]."""
         return weighted_squares(basis.rotate_factors(self.decode_gradient(arrays)), weights)
 
+    def product_elements(self, width: int) -> int:
+        """Just the pair, of a single outer product."""
+        return sum(self.shape) if self.positions == 1 else width
+
     def products(self, arrays: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
         """(d . d')(a . a') of single outer products; of others with the gradients made whole; float64 [n, m]."""
         if self.positions > 1:

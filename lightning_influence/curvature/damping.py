@@ -8,6 +8,7 @@ each of them a function of its own eigenvalues.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -94,7 +95,7 @@ class GlobalDamping:
         0.2
     """
 
-    factor: float = 0.1
+    factor: float = 0.3
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
@@ -149,7 +150,7 @@ class WeightDecayDamping:
                 "a rule or a number for such layers, or HeuristicDamping() for all."
             )
         found = {name: _constant(self.factor * layer.decay) for name, layer in layers.items()}
-        if self.without is not None:
+        if rest and self.without is not None:
             found.update(damping_by_layer(as_damping(self.without), rest))
         return found
 
@@ -250,14 +251,17 @@ class LayerwiseDamping:
         """Of each layer the first that fits."""
         fitting = {name: [p for p in self.rules if fnmatchcase(name, p)] for name in layers}
         without = [name for name, patterns in fitting.items() if not patterns]
-        unused = [p for p in self.rules if not any(p in patterns for patterns in fitting.values())]
         listed = f"The layers are {', '.join(layers)}."
         if without:
             raise ValueError(
                 f"`damping` gives {', '.join(without)} none; add the pattern '*' for all others. {listed}"
             )
+        unused = [p for p in self.rules if not any(patterns[0] == p for patterns in fitting.values())]
         if unused:
-            raise ValueError(f"`damping` names {', '.join(unused)}, which no layer fits; correct that. {listed}")
+            raise ValueError(
+                f"`damping` names {', '.join(unused)}, which no layer fits, or none that fits no earlier one; "
+                f"correct it, or put it first. {listed}"
+            )
         found: dict[str, Damping] = {}
         for pattern, rule in self.rules.items():
             own = {name: layers[name] for name, patterns in fitting.items() if patterns[0] == pattern}
@@ -274,9 +278,15 @@ def as_damping(damping: AnyDamping) -> Damping | DampingOfLayers:
     """
     if isinstance(damping, Mapping):
         return LayerwiseDamping(damping)
+    if isinstance(damping, type):
+        raise TypeError(
+            f"`damping` is the class {damping.__name__}; pass what it makes, `{damping.__name__}(...)`."
+        )
     if callable(damping) or isinstance(damping, DampingOfLayers):
         return damping
-    if isinstance(damping, bool) or not isinstance(damping, int | float):
+    if isinstance(damping, Tensor) and damping.ndim == 0:
+        damping = damping.item()
+    if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
         raise TypeError(
             "`damping` must be a positive number, a rule such as HeuristicDamping(), or a mapping from layers to "
             f"these, got {damping!r}."
@@ -287,10 +297,18 @@ def as_damping(damping: AnyDamping) -> Damping | DampingOfLayers:
 def damping_by_layer(
     damping: Damping | DampingOfLayers, layers: Mapping[str, DampedLayer]
 ) -> Mapping[str, Damping]:
-    """Each layer's own rule, by name."""
-    if isinstance(damping, DampingOfLayers):
-        return damping.for_layers(layers)
-    return dict.fromkeys(layers, damping)
+    """Each layer's own rule, by name.
+
+    Raises:
+        ValueError: if a rule over all layers leaves one out.
+    """
+    if not isinstance(damping, DampingOfLayers):
+        return dict.fromkeys(layers, damping)
+    found = damping.for_layers(layers)
+    missing = [name for name in layers if name not in found]
+    if missing:
+        raise ValueError(f"`damping` is {damping!r}, whose `for_layers` gives {', '.join(missing)} none.")
+    return {name: own if callable(own) else AbsoluteDamping(float(own)) for name, own in found.items()}
 
 
 def _check_factor(factor: float) -> None:

@@ -32,6 +32,8 @@ from lightning_influence.functional.kronecker import Eigenbasis
 
 BYTES_PER_ENTRY = 24  # the matrix, its factor and a copy in between, in float64
 COLUMNS = 1024  # solved for at a time
+FLOAT32 = 2.0**-24  # how exact the scores under the damping alone are
+LOST = 0.01  # of scores, at most, by their cancelling
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class EmpiricalFisher:
     """Mean of the rows' outer products, plus the damping (each row once, however often it was trained on).
 
     The damping rule sees EK-FAC's Lambda, so that it gives the same number. Lambda has this matrix's mean
-    eigenvalue, where rows are whole; that of merged rows is smaller, since epochs partly cancel in them.
+    eigenvalue where rows are whole and were trained on equally often, with the training labels; that of merged
+    rows is smaller, since epochs partly cancel in them.
 
     All rows of each layer are multiplied with each other: n^2 k / 2 multiply-adds in float64, n^2 (o + i) for
     pairs of one position. The products are kept, up to 256 MB, for the next damping or query; then each call takes
@@ -114,6 +117,13 @@ class _ByCoordinates:
     def __init__(self, rows: LayerRows, damping: float) -> None:
         self._rows = rows
         matrix = functools.reduce(Tensor.add_, (vectors.T @ vectors for _, vectors in rows.blocks()))
+        largest = _largest_eigenvalue(matrix) / rows.count
+        if largest * FLOAT32 > LOST * damping:
+            raise QueryError(
+                f"{rows.name}: `damping` is {damping:.2g}, too small for the largest eigenvalue {largest:.2g} of "
+                "`curvature='empirical_fisher'`: rounding would spoil the scores. Pass at least "
+                f"{largest * FLOAT32 / LOST:.1g}, or ask with `curvature='ekfac'`."
+            )
         matrix.diagonal().add_(rows.count * damping)
         self._factor = torch.linalg.cholesky(matrix)
 
@@ -133,6 +143,14 @@ class _ByCoordinates:
             for _, vectors in self._rows.blocks()
         )
         return self._rows.count * torch.cat(list(halves))
+
+
+def _largest_eigenvalue(matrix: Tensor) -> float:
+    """Of a positive semi-definite matrix, nearly, by power iteration."""
+    vector = torch.ones_like(matrix[0])
+    for _ in range(20):
+        vector = matrix @ (vector / vector.norm().clamp(min=1e-300))
+    return float(vector.norm())
 
 
 def _scalar(damping: Tensor | float) -> float:

@@ -56,7 +56,12 @@ class Identity:
 
 
 def _invert(eigenvalues: Tensor, damping: Damping) -> Tensor:
-    damped = eigenvalues + damping(eigenvalues)
+    added = torch.as_tensor(damping(eigenvalues), dtype=eigenvalues.dtype, device=eigenvalues.device)
+    if not bool((added.isfinite() & (added >= 0)).all()):
+        raise ValueError(
+            f"`damping` must give finite numbers that are not negative, but {damping!r} gave {added}."
+        )
+    damped = eigenvalues + added
     return 1 / damped.where(damped > 0, torch.inf)  # a layer without any gradient says nothing
 
 

@@ -97,11 +97,14 @@ class EKFACPreconditioner:
             curvature: "ekfac" or "kfac".
 
         Raises:
+            ValueError: if it is another curvature.
             WeightsMismatchError: if the file has layers that the model does not have.
         """
         reader = store if isinstance(store, StoreReader) else StoreReader(store)
         kind, rule = get_curvature(curvature), as_damping(damping)
         size, positions = _positions(model, reader)
+        if curvature not in ("ekfac", "kfac"):
+            raise ValueError(f"`curvature` of a preconditioner must be 'ekfac' or 'kfac', got {curvature!r}.")
         query = InfluenceQuery(reader)
         rules = query.dampings(kind, rule)
         blocks = [

@@ -74,6 +74,7 @@ class CapturedBatch:
         learning_rate: of the first parameter group at this step.
         labels: gradients of each pass under labels of the model's own, if they were to be kept.
         label_seconds: that these passes took.
+        has_one_scale: whether the gradients of all layers are of losses of the same scale.
     """
 
     step: StepGradients
@@ -82,6 +83,7 @@ class CapturedBatch:
     learning_rate: float
     labels: Sequence[Mapping[str, LayerGradient]] = ()
     label_seconds: float = 0.0
+    has_one_scale: bool = True
 
 
 class BatchCapture:
@@ -232,11 +234,13 @@ class BatchCapture:
         if not self._parts:
             return None
         step, kept = self._joined(), rows[rows != NO_ROW]
+        factors = [part.scale.factor for part in self._parts]
+        has_one_scale = all(torch.equal(factor, factors[0]) for factor in factors[1:])
         self._forget()  # the last batch of an epoch is not kept alive through the next
         if not len(kept):
             return None
         labels, seconds = self._labels.results()
-        return CapturedBatch(step, kept, self._step_index, self._learning_rate, labels, seconds)
+        return CapturedBatch(step, kept, self._step_index, self._learning_rate, labels, seconds, has_one_scale)
 
     def disarm(self) -> None:
         """Remove the hooks; may be called at any time."""

@@ -86,7 +86,8 @@ class EpochCapture:
         self._label_seconds += batch.label_seconds
         for gradients in batch.labels:
             self.recorder.add_labels(gradients)
-        self._scales.append(batch.step.scale.factor.detach() * (self._backpropagated / len(batch.rows)))
+        scale = batch.step.scale.factor.detach() * (self._backpropagated / len(batch.rows))
+        self._scales.append(scale if batch.has_one_scale else torch.full_like(scale, math.nan))
         self.recorder.update(
             batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )

@@ -5,7 +5,7 @@ rates that sum up to t is at the minimum of about L + 1/(2t) |w - w_0|^2 (Ali, K
 arXiv:1810.10082, for least squares). Momentum m makes steps 1/(1 - m) times as long. Adam divides gradients by the
 root of their second moments v: its stopping, and AdamW's decay, act like penalties v^1/2 times as large
 (Loshchilov & Hutter 2019, arXiv:1711.05101), of which a layer's mean is taken; Adam's own
-`weight_decay` is a penalty as it is.
+`weight_decay` is a penalty as it is. Gradients that were clipped count as if they were not.
 """
 
 from __future__ import annotations
@@ -18,15 +18,28 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 
 from lightning_influence.layers import TrackedLayer
 
 Group = dict[str, Any]
+COUPLED = (SGD, Adam, NAdam, RAdam, Adagrad, RMSprop, Adadelta, Adamax, ASGD)  # decay is added to the gradient
 
 
 class TrainingTime:
-    """Sums of learning rates over the optimizers' steps of a run.
+    """Sums over a run's steps of each parameter's learning rates, times what momentum makes of a step.
 
     Args:
         trainer: of the fit.
@@ -34,7 +47,7 @@ class TrainingTime:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._sums: dict[int, float] = {}  # by id of the parameter group
+        self._sums: dict[int, float] = {}  # by id of the parameter
         self._is_whole: bool | None = None
 
     def add(self, optimizer: Optimizer) -> None:
@@ -42,11 +55,14 @@ class TrainingTime:
         if self._is_whole is None:
             self._is_whole = self._trainer.global_step == 0  # a resumed run had steps that nobody counted
         for group in optimizer.param_groups:
-            self._sums[id(group)] = self._sums.get(id(group), 0.0) + _number(group.get("lr"))
+            added = _number(group.get("lr")) * _lengthening(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._sums[id(parameter)] = self._sums.get(id(parameter), 0.0) + added
 
-    def of(self, group: Group) -> float:
-        """The sum of a parameter group's learning rates; NaN if it is not known."""
-        return self._sums.get(id(group), math.nan) if self._is_whole else math.nan
+    def of(self, parameter: Tensor) -> float:
+        """A parameter's sum; NaN if it is not known."""
+        return self._sums.get(id(parameter), math.nan) if self._is_whole else math.nan
 
 
 def describe_penalties(
@@ -59,10 +75,11 @@ def describe_penalties(
         layers: by name; a layer's penalties are those of the first of its parameters that an optimizer has.
         time: of the whole fit.
         scales: of the captured steps, how many times an example's own loss is larger than its part in the trained
-            one; NaN where there was an overflow. Penalties are multiplied by their mean.
+            one; NaN where there was an overflow, or layers have several. Penalties are multiplied by their
+            harmonic mean, as the trained loss is a mean of losses divided by them.
     """
     found = torch.cat([scale.detach().double().cpu().flatten() for scale in scales]) if scales else torch.empty(0)
-    scale = float(found[found.isfinite()].mean())  # NaN if there is none
+    scale = 1 / float((1 / found[found.isfinite() & (found > 0)]).mean())  # NaN if there is none
     owners = {
         id(parameter): (optimizer, group)
         for optimizer in trainer.optimizers
@@ -83,9 +100,8 @@ def _describe(
     decay = _number(group.get("weight_decay"))
     is_decoupled = isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
     root = _root_second_moment(optimizer, group, parameter)
-    is_plain = type(optimizer).__module__.startswith("torch.optim")  # which adds the decay to the gradient
-    penalty = decay * root if is_decoupled else decay if is_plain else math.nan
-    time_passed = time.of(group) * _lengthening(group)
+    penalty = decay * root if is_decoupled else decay if type(optimizer) in COUPLED else math.nan
+    time_passed = time.of(parameter)
     return {
         "optimizer": type(optimizer).__name__,
         "weight_decay": _finite(decay),

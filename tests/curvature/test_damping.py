@@ -90,7 +90,7 @@ def test_a_mapping_must_name_every_layer() -> None:
 
 def test_a_pattern_that_fits_no_layer_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"names haed, which no layer fits; .* The layers are body.0, body.1, head"
+        ValueError, match=r"names haed, which no layer fits, .* The layers are body.0, body.1, head"
     ):
         values({"haed": 0.1, "*": 1.0})
 

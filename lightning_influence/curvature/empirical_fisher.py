@@ -117,18 +117,23 @@ class _ByCoordinates:
     def __init__(self, rows: LayerRows, damping: float) -> None:
         self._rows = rows
         matrix = functools.reduce(Tensor.add_, (vectors.T @ vectors for _, vectors in rows.blocks()))
-        largest = _largest_eigenvalue(matrix) / rows.count
-        if largest * FLOAT32 > LOST * damping:
-            raise QueryError(
-                f"{rows.name}: `damping` is {damping:.2g}, too small for the largest eigenvalue {largest:.2g} of "
-                "`curvature='empirical_fisher'`: rounding would spoil the scores. Pass at least "
-                f"{largest * FLOAT32 / LOST:.1g}, or ask with `curvature='ekfac'`."
-            )
+        self._damping, self._largest = damping, _largest_eigenvalue(matrix) / rows.count
         matrix.diagonal().add_(rows.count * damping)
         self._factor = torch.linalg.cholesky(matrix)
 
     def scores(self, diagonal: Tensor) -> Tensor:
-        """Scores under the whole matrix, float64 [q, n]; reads the rows twice."""
+        """Scores under the whole matrix, float64 [q, n]; reads the rows twice.
+
+        Raises:
+            QueryError: if the damping is so small that rounding would spoil them.
+        """
+        least = self._largest * FLOAT32 / LOST
+        if self._damping < least:
+            raise QueryError(
+                f"{self._rows.name}: `damping` is {self._damping:.2g}, too small for the largest eigenvalue "
+                f"{self._largest:.2g} of `curvature='empirical_fisher'`: rounding would spoil the scores. Pass at "
+                f"least {least:.1g}, or ask with `curvature='ekfac'`."
+            )
         scores = diagonal.to(self._factor)
         along = scores.new_zeros(len(scores), len(self._factor))  # [q, k]
         for part, vectors in self._rows.blocks():

@@ -133,7 +133,7 @@ print(influence.summary())
 # -----------------------------------
 # We ask about the test images whose true label the model finds least likely. A score is the effect on
 # that log-likelihood of giving a training image more weight: a positive one helps (a proponent), a
-# negative one harms (an opponent). The damping is the usual rule, 0.1 of each layer's mean
+# negative one harms (an opponent). The damping is the rule of the literature, 0.1 of each layer's mean
 # eigenvalue: nothing is tuned on the answers below, and another damping needs no new training.
 
 DAMPING, QUERIES, SHOWN = HeuristicDamping(0.1), 6, 5

@@ -49,7 +49,7 @@ BATCHES = 8  # as many ages of rows, unless batches are very large or small, or 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Mean Spearman correlations between scores of the same examples, 1 where nothing is lost.
+    """Mean Spearman correlations between scores of the same examples at damping 0.1, 1 where nothing is lost.
 
     Args:
         staleness: rows as captured against rows as they would be at the final weights.

@@ -154,7 +154,8 @@ def _advice(fine_bytes: int | None, plans: Mapping[str, LayerPlan], options: Cap
         instead = f"an `error_budget` below {INT8_ERROR}" if has_budget else '`codec="pairs-float16"`'
         advice.append(f"bring the inputs to one scale, or pass {instead}")
     elif has_eigen and fine_bytes == 0:
-        more = "smaller `error_budget`" if has_budget else "larger `bytes_per_example`"
+        has_decided = has_budget and options.bytes_per_example is None
+        more = "smaller `error_budget`" if has_decided else "larger `bytes_per_example`"
         advice.append(f"shuffle the data, as the first examples decide what rows keep, or pass a {more}")
     return advice or ["bring the inputs to one scale"]
 

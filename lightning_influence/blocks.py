@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,6 +85,21 @@ class Block:
     def _rows(self, mask: np.ndarray, gradients: dict[str, LayerGradient]) -> Block:
         columns = {name: column[mask] for name, column in self.columns.items()}
         return Block(self.indices[mask], columns, gradients)
+
+
+def joined_until(is_enough: Callable[[int, int], bool], blocks: Iterator[Block]) -> Block | None:
+    """The first of the blocks as one, as many as are enough; None if there are none.
+
+    Args:
+        is_enough: of so many examples and bytes.
+        blocks: of which those that are taken are used up.
+    """
+    taken: list[Block] = []
+    for block in blocks:
+        taken.append(block)
+        if is_enough(sum(len(b) for b in taken), sum(b.nbytes for b in taken)):
+            break
+    return Block.concatenate(taken) if taken else None
 
 
 class Spool:

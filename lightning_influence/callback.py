@@ -85,7 +85,8 @@ class InfluenceCallback(Callback):
         loss: "auto" recognises the functions of `torch.nn.functional`; for any other loss, "mean"
             or "sum" declares what the value that `training_step` returns is over the examples.
         bytes_per_example: budget of the eigen codec over all its layers. None: 8,192, or with `error_budget` as
-            many as it needs.
+            many as it needs. The first 256 examples of the epoch decide which coordinates are kept, so shuffle
+            data that is in an order.
         error_budget: of scores, as 1 minus their Spearman correlation with those of exact gradients: .02 keeps the
             order of the examples at .98. Rows then get the fewest bytes that reach it on the first examples, at
             most `bytes_per_example`; the file says what they were found to lose in the end, and a warning does

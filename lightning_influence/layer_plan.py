@@ -18,6 +18,7 @@ from lightning_influence.gradients import EncodedGradient, FactoredGradient, Lay
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.store import COLUMNS
 
+LEAST_BYTES = 5  # of eigen-coordinates: one of 8 bits, and its scale
 INT8_ERROR = 0.02  # 1 - Spearman of scores of int8 pairs, with room
 COLUMN_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
 CodecName = Literal["auto", "pairs", "pairs-float16", "pairs-float32", "eigen"]
@@ -152,8 +153,9 @@ def check_gradients(plans: Mapping[str, LayerPlan], gradients: Mapping[str, Laye
 def expected_bytes_per_row(plans: Mapping[str, LayerPlan], bytes_per_example: int) -> int:
     """Bytes that one example's row arrays will take; exact for pairs, the most it can be for eigen."""
     pairs = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values() if plan.codec != "eigen")
-    coordinates = sum(o * i for o, i in (plan.shape for plan in plans.values() if plan.codec == "eigen"))
-    return pairs + min(bytes_per_example, round(coordinates * BYTES_PER_COORDINATE[8]))
+    sizes = [math.prod(plan.shape) for plan in plans.values() if plan.codec == "eigen"]
+    least = LEAST_BYTES * len(sizes)
+    return pairs + max(least, min(bytes_per_example, round(sum(sizes) * BYTES_PER_COORDINATE[8])))
 
 
 def expected_file_bytes(plans: Mapping[str, LayerPlan], bytes_per_row: int, num_examples: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.blocks import Block, Spool
+from lightning_influence.blocks import Block, Spool, joined_until
 from lightning_influence.errors import CaptureError
 from lightning_influence.factors import KroneckerCovariance
 from lightning_influence.fisher import LabelFactors
@@ -87,7 +87,7 @@ class Recorder:
         self._processes = processes
         known = {n: diagonal_basis(plan.shape) for n, plan in plans.items() if plan.structure.is_diagonal}
         self._bases = {**known, **(bases or {})}
-        self._bytes_per_example, self._error_budget = bytes_per_example, error_budget
+        self._bytes_per_example, self.error_budget = bytes_per_example, error_budget
         without_basis = {n for n, plan in plans.items() if plan.needs_basis and n not in self._bases}
         self._spool = Spool(self.writer.path) if without_basis else None
         self.covariances = {
@@ -165,7 +165,7 @@ class Recorder:
             self._rows.write(block)
 
     def _lay_out(self, block: Block | None) -> None:
-        self._rows.lay_out(block, self._bases, self.covariances, self._bytes_per_example, self._error_budget)
+        self._rows.lay_out(block, self._bases, self.covariances, self._bytes_per_example, self.error_budget)
 
     @property
     def reduced_layers(self) -> frozenset[str]:
@@ -262,7 +262,7 @@ class Recorder:
         with spool:
             with self._processes.together():
                 blocks = spool.blocks()
-                first = next(blocks, None)
+                first = joined_until(self.has_enough, blocks)
             self._lay_out(first)
             with self._processes.together():
                 for block in itertools.chain([] if first is None else [first], blocks):

@@ -7,6 +7,7 @@ real gradients depend on one another, and for transformers it expects far too mu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -20,8 +21,23 @@ from lightning_influence.gradients import LayerGradient
 from lightning_influence.metrics import mean_rank_correlation
 
 EXAMPLES, QUERIES = 128, 16  # of a sample
+LEAST_EXAMPLES = 8  # that tell anything of an error
 PRECISION = 1.05  # of the bytes
-UNLIMITED = 2**40  # bytes: more than any row has
+DEFAULT_BYTES = 8192  # of a row
+UNLIMITED = 2**40  # more than any row has
+
+
+def bytes_untried(examples: int, most: int, *, warns: bool = True) -> int:
+    """Bytes of a row for an error that so few examples cannot tell, with a warning."""
+    nbytes = min(most, DEFAULT_BYTES)
+    if warns:
+        warnings.warn(
+            f"`error_budget` chooses the bytes of rows by the first examples, and {examples} are too few (a "
+            f"process needs {LEAST_EXAMPLES}): rows get up to {nbytes:,} bytes; for another number pass "
+            "`bytes_per_example`.",
+            stacklevel=2,
+        )
+    return nbytes
 
 
 class RowTrial:

@@ -20,11 +20,10 @@ from lightning_influence.gradients import Coordinates, EncodedGradient, LayerGra
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.layer_record import EigenRecord, LayerRecord, RowsFirstRecord
 from lightning_influence.processes import Processes
-from lightning_influence.row_choice import RowTrial
+from lightning_influence.row_choice import LEAST_EXAMPLES, RowTrial, bytes_untried
 from lightning_influence.store import ArraySpec, StoreWriter
 
 READ_EXAMPLES = 4096
-LEAST_EXAMPLES = 8  # that tell anything of an error
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,10 @@ class RowFile:
                 raise CaptureError("No row with a finite gradient was recorded; did the loss become NaN?")
             first = {name: squares / examples for name, squares in first.items()}
             wanted = _wanted_bytes(bases, first, block, bytes_per_example, error_budget)
-        budget = wanted if error_budget is None else max(processes.gather(wanted)) or bytes_per_example
+        budget = wanted if error_budget is None else max(processes.gather(wanted))
         with processes.together():
+            if not budget:
+                budget = bytes_untried(int(examples), bytes_per_example, warns=processes.is_first)
             chosen = allocate(first, budget) if eigen else {}
             self.records = {
                 name: EigenRecord(EigenCodec.of(bases[name], chosen[name]), first[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -188,7 +188,11 @@ class StepCapture:
         names: Collection[str] | None = None,
         kept: Tensor | None = None,
     ) -> StepGradients:
-        """Gradients of the backwards since the last call, of the layers that they reached; else as `gradients`."""
+        """Gradients of the backwards since the last call, of the layers that they reached; else as `gradients`.
+
+        With `reduce`, even an empty one, an example that is not finite in one of these layers is NaN in all, so
+        that it enters no layer's sums.
+        """
         names = self.layers.keys() if names is None else names
         raw = self._hooks.gradients(names)
         if not raw:
@@ -203,12 +207,18 @@ class StepCapture:
         nearest = self.layers.get(self._hooks.nearest_to_loss)
         if nearest is not None and nearest.batch_dim != 0:
             scale = scale.of_positions_first()
+        factor, finite = scale.factor, None
+        if reduce is not None:
+            factor, finite = _jointly_finite(raw.values(), factor)
+            finite = finite if kept is None else finite[kept.to(finite.device)]
         gradients, shared, reduce = {}, self._hooks.storages(), reduce or {}
         for name in raw:
             own = frozenset() if name in reduce else shared
-            gradient = raw[name].rescaled(scale.factor, own)
+            gradient = raw[name].rescaled(factor, own)
             if kept is not None:
                 gradient = gradient[kept.to(gradient.device)]
+            if finite is not None:
+                gradient = gradient.knowing(finite)
             gradients[name] = reduce[name](gradient) if name in reduce else gradient
         self.forget_reached()
         return StepGradients(gradients, scale if kept is None else scale.of_examples(kept))
@@ -241,6 +251,12 @@ def check_rows(name: str, gradient: LayerGradient, n: int) -> None:
             "an example; leave the layer out with `layers=`, or, if a "
             "batch holds other rows than the sampler's indices say, pass `index_fn=`."
         )
+
+
+def _jointly_finite(gradients: Iterable[LayerGradient], factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor, NaN for examples that are not finite in all layers when multiplied by it; and which are, [n]."""
+    finite = torch.stack([gradient.is_finite(factor).to(factor.device) for gradient in gradients]).all(0)
+    return (factor if finite.all() else factor.where(finite, torch.nan)), finite
 
 
 def _zeros(layer: TrackedLayer, n: int, like: Tensor) -> LayerGradient:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lightning_influence import recorder as recorder_module
 from lightning_influence.errors import CaptureError
+from lightning_influence.functional.kronecker import eigenbasis
 from lightning_influence.gradients import FactoredGradient
 from lightning_influence.layer_plan import expected_bytes_per_row, expected_file_bytes, plan_layers
 from lightning_influence.layers import track_layers
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.recorder import RecordedCounts, Recorder
+from lightning_influence.step import StepCapture, StepGradients
 from lightning_influence.store import StoreReader, StoreWriter
 from tests.plain_loop import (
     capture_step,
@@ -134,6 +138,68 @@ def test_an_example_with_infinite_gradient_is_invalid_and_in_no_factor(tmp_path:
         close(layers[name].Lambda, layer.Lambda, share=1e-4)  # other batches: sums in another order
         close(layers[name].basis.eigenvalues_A, layer.basis.eigenvalues_A)
     without.discard()
+
+
+class SideBySide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(x[:, :4]) + self.right(x[:, 4:])
+
+
+def side_by_side(path: Path, codec: str, kept: list[int], bad_label: int, **options) -> Recorder:
+    """Of steps of four, reduced where the recorder wants it; example 9 overflows in one layer only."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(N, 8, generator=generator), torch.arange(N) % 3
+    inputs[9, :4], inputs[9, 4:], labels[9] = 1e6, 1e25, bad_label
+    torch.manual_seed(0)
+    model = SideBySide()
+    layers, _ = track_layers(model, None)
+    capture = StepCapture(layers)
+
+    def gradients(rows: list[int], **reduce) -> StepGradients:
+        with capture:
+            nn.functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+        return capture.gradients(len(rows), **reduce)
+
+    plans = plan_layers(layers, gradients([0]).gradients, codec)  # type: ignore[arg-type]
+    bases = {name: eigenbasis(torch.eye(5), torch.eye(3)) for name in plans} if codec == "eigen" else {}
+    writer = StoreWriter(path, num_examples=N, store_id="side-by-side")
+    recorder = Recorder(writer, plans, bases=bases, keep_covariances=True, **options)
+    for start in range(0, len(kept), 4):
+        rows = kept[start : start + 4]
+        reduce = {name: partial(recorder.reduce, name) for name in recorder.reduced_layers}
+        recorder.update(gradients(rows, reduce=reduce), np.array(rows), step_index=start, learning_rate=0.1)
+    return recorder
+
+
+@pytest.mark.parametrize("bad_label", [0, 1, 2])  # of two of them, the example has a gradient
+@pytest.mark.parametrize("options", [{"codec": "eigen"}, {"codec": "pairs-float32", "at_once": True}])
+def test_an_example_that_is_not_finite_in_one_layer_is_in_no_layers_factors(
+    options: dict, bad_label: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "FIRST_EXAMPLES", 4)
+    found = side_by_side(tmp_path / "all.h5", kept=[*range(N)], bad_label=bad_label, **options)
+    others = [index for index in range(N) if index != 9]
+    expected = side_by_side(tmp_path / "others.h5", kept=others, bad_label=bad_label, **options)
+    layers, expected_layers = found.factors(), expected.factors()
+    assert found.counts() == RecordedCounts(N, 1, 0)
+    for name, metric in expected.covariances.items():
+        for one, other in zip(found.covariances[name].sums, metric.sums, strict=True):
+            torch.testing.assert_close(one, other)
+        close(layers[name].Lambda, expected_layers[name].Lambda)
+    found.discard()
+    expected.discard()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_finite_is_asked_of_rescaled_gradients(dtype: torch.dtype) -> None:
+    grads = torch.tensor([1.0, 1e15, torch.nan, 1e25], dtype=dtype).view(4, 1, 1)
+    gradient = FactoredGradient(torch.ones(4, 1, 2, dtype=dtype), grads)
+    for factor in (torch.tensor(1.0), torch.tensor(1e10), torch.tensor([1.0, 1e10, 1.0, 1e-20])):
+        assert gradient.is_finite(factor).tolist() == gradient.rescaled(factor).is_finite().tolist()
 
 
 def test_an_epoch_without_any_finite_gradient_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from lightning_influence.codecs import EigenCodec, allocate
 from lightning_influence.functional.kronecker import Eigenbasis, eigenbasis
 from lightning_influence.gradients import DenseGradient
-from lightning_influence.row_choice import RowTrial
+from lightning_influence.row_choice import DEFAULT_BYTES, UNLIMITED, RowTrial, bytes_untried
 
 SHAPES = {"one": (24, 30), "two": (16, 40)}
 
@@ -77,3 +77,10 @@ def test_other_examples_find_the_same_error() -> None:
 
 def test_no_more_than_the_most_is_taken() -> None:
     assert trial()[0].least_bytes(1e-9, most=200) <= 200
+
+
+def test_too_few_examples_get_the_usual_bytes_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"`error_budget` .* 4 are too few .* up to 8,192 bytes"):
+        assert bytes_untried(4, UNLIMITED) == DEFAULT_BYTES
+    with pytest.warns(UserWarning, match="up to 100 bytes"):
+        assert bytes_untried(4, 100) == 100

@@ -36,7 +36,7 @@ class EigenCodec(Codec):
         basis: the layer's eigenbasis, of shape (o, i).
         coordinates: int64 [k], positions of the kept coordinates in the flattened [o, i].
         whitening: float [k], their (Lambda_0 + delta_0)^1/2.
-        tiers: bits of the first coordinates, of the next, and so on; None for 8 bits each.
+        tiers: bits of the first coordinates, fewer of the next, and so on; None for 8 bits each.
     """
 
     codec_id: ClassVar[str] = "eigen"
@@ -61,6 +61,9 @@ class EigenCodec(Codec):
         self.tiers = (tier_of(8, len(coordinates)),) if tiers is None else tuple(tiers)
         if (found := sum(tier.size for tier in self.tiers)) != len(coordinates):
             raise ValueError(f"`tiers` must hold the {len(coordinates)} coordinates, got {found}")
+        bits = [tier.bits for tier in self.tiers]
+        if bits != sorted({*bits}, reverse=True):
+            raise ValueError(f"`tiers` must have falling bits, each once, got {bits}; join those with the same")
         self.basis, self.coordinates, self.whitening = basis, coordinates, whitening
 
     @classmethod

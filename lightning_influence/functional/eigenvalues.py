@@ -23,9 +23,9 @@ def second_moment_sum(gradient: LayerGradient, basis: Eigenbasis) -> Tensor:
     o, i = basis.shape
     if isinstance(gradient, FactoredGradient) and gradient.positions == 1 and basis.eigenvalues_S.ndim == 1:
         rotated = basis.rotate_factors(gradient)
-        grads, size_S = _scaled_squares(rotated.output_grads[:, 0])
-        inputs, size_A = _scaled_squares(rotated.inputs[:, 0])
-        return (grads.T @ inputs) * (size_S * size_A)
+        inputs, sizes = _over_largest(rotated.inputs[:, 0], dim=1)  # an example's size goes to its gradient
+        grads, size = _over_largest(rotated.output_grads[:, 0] * sizes)
+        return (_squares(grads).T @ _squares(inputs)) * size.square()
     if isinstance(gradient, RowGradient) and basis.Q_S is None:
         _, rows, grads = gradient.combined()
         rotated_rows = grads if basis.Q_A is None else grads @ basis.Q_A  # [m, i]
@@ -37,12 +37,19 @@ def second_moment_sum(gradient: LayerGradient, basis: Eigenbasis) -> Tensor:
     return total
 
 
-def _scaled_squares(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Squares of the values over the largest of them, and that one's square.
+def _over_largest(values: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """The values over the largest magnitude, of all or along a dimension, and that magnitude; 1 for zeros."""
+    if not values.numel():
+        return values, values.new_ones(())
+    largest = values.abs().amax(dim, keepdim=True) if dim is not None else values.abs().max()
+    largest = largest.where(largest > 0, 1)
+    return values / largest, largest
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Squares of values up to 1.
 
     Squares of tiny values would be subnormal numbers, with which a CPU multiplies some twenty times slower.
     What is dropped is below 2^-62 of the largest square.
     """
-    largest = values.abs().max() if values.numel() else values.new_ones(())
-    largest = largest.where(largest > 0, 1)
-    return hardshrink(values / largest, 2.0**-31).square(), largest.square()
+    return hardshrink(values, 2.0**-31).square()

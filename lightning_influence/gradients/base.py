@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence, Set
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,13 @@ def chunk_elements(device: torch.device) -> int:
 
 
 class LayerGradient(ABC):
-    """Gradients of one layer's matrix of parameters [o, i] for n examples."""
+    """Gradients of one layer's matrix of parameters [o, i] for n examples.
+
+    Attributes:
+        known_finite: what `is_finite` answers, if that was found out before.
+    """
+
+    known_finite: ClassVar[Tensor | None] = None
 
     @property
     @abstractmethod
@@ -108,11 +115,24 @@ class LayerGradient(ABC):
         is_finite = self.is_finite()
         return self if is_finite.all() else self[is_finite]
 
-    def is_finite(self) -> Tensor:
-        """Whether an example can enter sums of squares: bool [n], False for NaN, infinity and overflow."""
+    def is_finite(self, factor: Tensor | None = None) -> Tensor:
+        """Whether an example can enter sums of squares: bool [n], False for NaN, infinity and overflow.
+
+        Args:
+            factor: of what is asked about, shape [] or [n], as for `rescaled`.
+        """
+        if factor is None and self.known_finite is not None:
+            return self.known_finite
         floats = [tensor for tensor in self.tensors if tensor.is_floating_point()]
-        norms = torch.stack([tensor.flatten(1).norm(dim=1) for tensor in floats])  # [tensors, n]
+        norms = torch.stack([_norms(tensor) for tensor in floats])  # [tensors, n]
+        if factor is not None:
+            norms[-1] *= factor.to(norms)
         return (norms.square().sum(0) + norms.prod(0).square()).isfinite()
+
+    def knowing(self, is_finite: Tensor) -> LayerGradient:
+        """The gradients themselves, which answer `is_finite` so from now on."""
+        self.__dict__["known_finite"] = is_finite.to(self.device)  # is frozen
+        return self
 
     def dense_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Some examples at a time and their dense gradients, of at most 64 MB unless one alone is larger."""
@@ -153,6 +173,12 @@ class LayerGradient(ABC):
             TypeError: if the form has no inputs to append a 1 to.
         """
         raise TypeError(f"{type(self).__name__} has no inputs; override the adapter's `append_bias`.")
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    """Of each example's entries, float32 as after `rescaled`."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=dtype).float()
 
 
 def _own(tensor: Tensor, shared: Set[int] | None) -> Tensor:

@@ -44,7 +44,7 @@ class EncodedGradient(LayerGradient):
         *arrays, finite = tensors
         return EncodedGradient(dict(zip(self.arrays, arrays, strict=True)), finite, self.encoded_shape)
 
-    def is_finite(self) -> Tensor:
+    def is_finite(self, factor: Tensor | None = None) -> Tensor:
         """Which examples may be written, bool [n]."""
         return self.finite_examples
 

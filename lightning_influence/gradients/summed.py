@@ -52,9 +52,11 @@ class SummedGradient(LayerGradient):
         """Every part times the factor."""
         return SummedGradient(tuple(part.rescaled(factor, shared) for part in self.parts))
 
-    def is_finite(self) -> Tensor:
+    def is_finite(self, factor: Tensor | None = None) -> Tensor:
         """Whether all parts are."""
-        return torch.stack([part.is_finite() for part in self.parts]).all(0)
+        if factor is None and self.known_finite is not None:
+            return self.known_finite
+        return torch.stack([part.is_finite(factor) for part in self.parts]).all(0)
 
     def dense(self) -> Tensor:
         """The gradients themselves, shape [n, o, i]."""
@@ -102,6 +104,12 @@ def concatenate(batches: Sequence[LayerGradient]) -> LayerGradient:
     """
     if len(batches) == 1:
         return batches[0]
+    found, known = _concatenated(batches), [batch.known_finite for batch in batches]
+    is_known = all(finite is not None for finite in known)
+    return found.knowing(torch.cat(known)) if is_known else found  # type: ignore[arg-type]
+
+
+def _concatenated(batches: Sequence[LayerGradient]) -> LayerGradient:
     if {type(batch) for batch in batches} == {FactoredGradient, BiasedGradient}:
         batches = [FactoredGradient(batch.inputs, batch.output_grads) for batch in batches]  # type: ignore[attr-defined]
     if len({type(batch) for batch in batches}) == 1:

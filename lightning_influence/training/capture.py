@@ -67,7 +67,8 @@ def capture(
         fisher: of which labels the curvature is; "sampled" and "exact" need the losses of a `training_step`.
         fisher_samples: labels drawn for each example, with "sampled".
         bytes_per_example: budget of the eigen codec.
-        error_budget: of scores, which chooses the bytes.
+        error_budget: of scores, which chooses the bytes. What rows keep is chosen by the first 256 examples, so
+            shuffle data that is in an order.
         covariance_positions: how many positions of an example enter the covariances.
         index_fn: from a batch to the dataset index of each row, for data that has no indices of its own, such as
             an `IterableDataset`. The loader is then iterated as it is.
@@ -149,12 +150,12 @@ def capture(
         except BaseException:
             recorder.discard()
             raise
-    _report(target, sweep, agreement, counts, error_budget)
+    _report(target, sweep, agreement, counts, options)
     return target
 
 
 def _report(
-    path: Path, sweep: Sweep, agreement: Agreement, counts: RecordedCounts, error_budget: float | None
+    path: Path, sweep: Sweep, agreement: Agreement, counts: RecordedCounts, options: CaptureOptions
 ) -> None:
     """What the user should know of the file."""
     coverage, rounded = sweep.tracking.coverage, report.coarseness(agreement)
@@ -170,5 +171,4 @@ def _report(
             f"capture: {counts.invalid:,} rows have non-finite gradients; they are marked invalid and are in no "
             "factor."
         )
-    codecs = {plan.codec for plan in sweep.plans.values()}
-    report.warn_of_losses(replace(agreement, staleness=math.nan), codecs, (), error_budget)
+    report.warn_of_losses(replace(agreement, staleness=math.nan), sweep.plans, (), options)

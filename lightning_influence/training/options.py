@@ -11,13 +11,12 @@ from torch import Tensor
 
 from lightning_influence.fisher import FisherKind, LabelSource
 from lightning_influence.layer_plan import CodecName
-from lightning_influence.row_choice import UNLIMITED
+from lightning_influence.row_choice import DEFAULT_BYTES, UNLIMITED
 from lightning_influence.step import LossKind
 
 Epochs = Literal["last", "every"] | int | list[int]
 Rows = Literal["online", "final"]
 TrajectoryMode = Literal["merge", "segments"]
-DEFAULT_BYTES = 8192
 IndexFn = Callable[[Any], "Sequence[int] | Tensor"]
 
 

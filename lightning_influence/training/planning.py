@@ -53,12 +53,10 @@ def agree_on_plans(
         if batch is not None:
             report.warn_of_weights(batch.step.scale.factor)
         report.announce(
-            options.path,
+            options,
             plans,
             tracking.coverage,
             when=when,
-            bytes_per_example=options.most_bytes,
-            merges=options.merges,
             num_examples=num_examples,
         )
     return plans

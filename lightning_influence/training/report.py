@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,37 +12,38 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_influence.layer_plan import LayerPlan, expected_bytes_per_row, expected_file_bytes
+from lightning_influence.layer_plan import INT8_ERROR, LayerPlan, expected_bytes_per_row, expected_file_bytes
 from lightning_influence.layers import NOT_CHOSEN, Coverage
 from lightning_influence.recorder import RecordedCounts
-from lightning_influence.training.staleness import FINE, Agreement
+from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.staleness import Agreement, wanted_spearman
 
 STALE_BELOW = 0.9
 
 
 def announce(
-    path: Path,
+    options: CaptureOptions,
     plans: Mapping[str, LayerPlan],
     coverage: Coverage,
     *,
     when: str,
-    bytes_per_example: int,
     num_examples: int,
-    merges: bool,
 ) -> None:
     """One line on what will be captured; one warning that names what is not."""
     waiting = ""
-    if merges:
-        each = num_examples * expected_bytes_per_row(plans, bytes_per_example) / 1e6
+    if options.merges:
+        each = num_examples * expected_bytes_per_row(plans, options.most_bytes) / 1e6
         waiting = f", and {each:.1f} MB beside it for each captured epoch until they are merged"
         plans = {name: replace(plan, codec="eigen") for name, plan in plans.items()}
     codecs = [plan.codec for plan in plans.values()]
-    row = expected_bytes_per_row(plans, bytes_per_example)
+    row = expected_bytes_per_row(plans, options.most_bytes)
+    is_bound = options.error_budget is not None and "eigen" in codecs
     size = expected_file_bytes(plans, row, num_examples)
     rank_zero_info(
-        f"InfluenceCallback: captures {when} into {path}: {len(codecs)} layers ("
+        f"InfluenceCallback: captures {when} into {options.path}: {len(codecs)} layers ("
         + ", ".join(f"{codecs.count(codec)} as {codec}" for codec in dict.fromkeys(codecs))
-        + f"), {coverage.share:.1%} of the trainable parameters, {row:,} bytes per row, about "
+        + f"), {coverage.share:.1%} of the trainable parameters, {'at most ' * is_bound}{row:,} bytes per row, "
+        f"{'at most' if is_bound else 'about'} "
         f"{size / 1e6:.1f} MB for {num_examples:,} examples{waiting}"
     )
     if any(layer.reason != NOT_CHOSEN for layer in coverage.uncovered):
@@ -103,30 +104,24 @@ def coarseness(agreement: Agreement) -> str:
 
 def warn_of_losses(
     agreement: Agreement,
-    codecs: Collection[str],
+    plans: Mapping[str, LayerPlan],
     normalizations: Sequence[str] | None,
-    error_budget: float | None = None,
+    options: CaptureOptions,
 ) -> None:
     """Say what to do about rows that aged or are coarse; NaN, not measured, is neither.
 
     Args:
         agreement: as measured.
-        codecs: of the layers.
+        plans: of the layers.
         normalizations: the layers that `normalizations_over_the_batch` found in the captured epoch, or None.
-        error_budget: that was asked for, 1 minus such a correlation; None for the usual one.
+        options: what the user asked for.
     """
-    wanted = FINE if error_budget is None else 1 - error_budget
+    wanted = wanted_spearman(options.error_budget)
     if agreement.codec < wanted:
-        advice = []
-        if "eigen" in codecs and agreement.fine_bytes:
-            advice.append(f"pass `bytes_per_example={agreement.fine_bytes}` for {FINE}, or an `error_budget`")
-        elif "eigen" in codecs:
-            advice.append("pass a larger `bytes_per_example` or a smaller `error_budget`")
-        if "pairs" in codecs:
-            advice.append('bring the inputs to one scale, or pass `codec="pairs-float16"`')
+        advice = _advice(agreement.fine_bytes, plans, options)
         rank_zero_warn(
             f"InfluenceCallback: the stored rows are coarse (Spearman {agreement.codec:.3f} with exact "
-            f"gradients, below {wanted:g}). What helps: {'; '.join(advice) or 'a finer codec'}. Scores "
+            f"gradients, below {wanted:g}). What helps: {'; '.join(advice)}. Scores "
             "that are summed over many examples lose less."
         )
     if agreement.staleness < STALE_BELOW:
@@ -143,6 +138,37 @@ def warn_of_losses(
             f"InfluenceCallback: rows aged within the epoch (Spearman {agreement.staleness:.3f} with the final "
             f"weights, below {STALE_BELOW}). {cause}"
         )
+
+
+def _advice(fine_bytes: int | None, plans: Mapping[str, LayerPlan], options: CaptureOptions) -> list[str]:
+    """What makes rows finer; `fine_bytes` as `Agreement` has them."""
+    kinds = {("eigen", "") if options.merges else (plan.codec, plan.dtype) for plan in plans.values()}
+    advice, has_eigen, has_budget = (
+        [],
+        any(codec == "eigen" for codec, _ in kinds),
+        options.error_budget is not None,
+    )
+    if has_eigen and fine_bytes != 0:
+        advice.append(_advice_on_bytes(fine_bytes, options))
+    if {("pairs", "int8"), ("dense", "int8")} & kinds:
+        instead = f"an `error_budget` below {INT8_ERROR}" if has_budget else '`codec="pairs-float16"`'
+        advice.append(f"bring the inputs to one scale, or pass {instead}")
+    elif has_eigen and fine_bytes == 0:
+        has_decided = has_budget and options.bytes_per_example is None
+        more = "smaller `error_budget`" if has_decided else "larger `bytes_per_example`"
+        advice.append(f"shuffle the data, as the first examples decide what rows keep, or pass a {more}")
+    return advice or ["bring the inputs to one scale"]
+
+
+def _advice_on_bytes(fine_bytes: int | None, options: CaptureOptions) -> str:
+    most, has_budget = options.bytes_per_example, options.error_budget is not None
+    if has_budget and (most is None or (fine_bytes is not None and fine_bytes <= most)):  # it has decided
+        return "pass a smaller `error_budget`"
+    if fine_bytes is None:
+        instead = "and a smaller `error_budget` if rows take less" if has_budget else "or an `error_budget`"
+        return f"pass a larger `bytes_per_example`, {instead}"
+    wanted = f"pass `bytes_per_example={fine_bytes}` for {wanted_spearman(options.error_budget):g}"
+    return wanted if has_budget else f"{wanted}, or an `error_budget`"
 
 
 def normalizations_over_the_batch(model: nn.Module) -> list[str]:

@@ -251,8 +251,7 @@ class CaptureSession:
         if self._is_epoch_whole:
             self._resume_path.unlink(missing_ok=True)
         self._is_over = True
-        codecs = {"eigen" if self.options.merges else plan.codec for plan in self._plans.values()}
-        report.warn_of_losses(self._outcome.agreement, codecs, self._normalizations, self.options.error_budget)
+        report.warn_of_losses(self._outcome.agreement, self._plans, self._normalizations, self.options)
 
     def merge_late(self) -> None:
         """Of a run that ended while it merged, and had nothing left to train when it was resumed."""

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.codecs import EigenCodec
+from lightning_influence.codecs import EigenCodec, allocate
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.products import inner_products
@@ -43,7 +43,7 @@ from lightning_influence.training.asking import (
 
 EXAMPLES = 128
 QUERIES = 16
-FINE = 0.95  # rank correlation of what the codec stores, below which users are warned
+FINE = 0.95  # rank correlation of what the codec stores, unless users say
 BATCHES = 8  # as many ages of rows, unless batches are very large or small, or the epoch is short
 
 
@@ -54,15 +54,20 @@ class Agreement:
     Args:
         staleness: rows as captured against rows as they would be at the final weights.
         codec: rows as encoded at the final weights against the gradients themselves.
-        fine_bytes: of the eigen codec that would bring `codec` to .95, as far as it depends on them; 0 where it is
-            that good already, or that is not known.
+        fine_bytes: of the eigen codec that would bring `codec` to what is wanted, as far as it depends on them; 0
+            where more bytes than rows have are not what it takes, None where that is not known.
         note: why they are NaN, if they are.
     """
 
     staleness: float = math.nan
     codec: float = math.nan
-    fine_bytes: int = 0
+    fine_bytes: int | None = None
     note: str = ""
+
+
+def wanted_spearman(error_budget: float | None) -> float:
+    """Of scores of rows and of exact gradients, below which users are warned."""
+    return FINE if error_budget is None else 1 - error_budget
 
 
 class StalenessProbe:
@@ -124,7 +129,7 @@ class StalenessProbe:
             chosen = _sample(recorder.writer.read_column("valid")[rows].astype(bool))
             final = {name: gradient[chosen] for name, gradient in final.items()}
             stored = recorder.stored_rows(rows[chosen.numpy()])
-            return rank_agreement(factors, final, stored)
+            return rank_agreement(factors, final, stored, recorder.error_budget)
         except Exception as error:  # the user's code runs here, in a way it may not be made for
             return Agreement(note=_reason(error))
 
@@ -158,6 +163,7 @@ def rank_agreement(
     layers: Mapping[str, ScoredLayer],
     final: Mapping[str, LayerGradient],
     stored: Mapping[str, Mapping[str, Tensor]],
+    error_budget: float | None = None,
 ) -> Agreement:
     """How EK-FAC scores agree between rows as stored, rows as they would be now, and exact gradients.
 
@@ -165,6 +171,7 @@ def rank_agreement(
         layers: the factors.
         final: the examples' gradients at the final weights.
         stored: their arrays, in the same order.
+        error_budget: 1 minus the correlation that is wanted; None for the usual one.
     """
     examples = len(next(iter(final.values())))
     if examples < 3:
@@ -181,17 +188,21 @@ def rank_agreement(
         scores[2] += _exact_scores(layer.basis, asked, final[name]).cpu()
     others = ~torch.eye(queries, examples, dtype=torch.bool)  # a query's own row is no news
     aged, now, exact = (each[others].view(queries, examples - 1) for each in scores)
-    codec = mean_rank_correlation(now, exact)
-    return Agreement(mean_rank_correlation(aged, now), codec, _fine_bytes(layers, final) if codec < FINE else 0)
+    codec, wanted = mean_rank_correlation(now, exact), wanted_spearman(error_budget)
+    fine_bytes = _fine_bytes(layers, final, 1 - wanted) if codec < wanted else 0
+    return Agreement(mean_rank_correlation(aged, now), codec, fine_bytes)
 
 
-def _fine_bytes(layers: Mapping[str, ScoredLayer], final: Mapping[str, LayerGradient]) -> int:
-    """Bytes with which the eigen codec would be `FINE`; 0 without any."""
+def _fine_bytes(layers: Mapping[str, ScoredLayer], final: Mapping[str, LayerGradient], error: float) -> int:
+    """Bytes with which the eigen codec would lose that little; 0 unless these are more than it has."""
     eigen = {name: layer for name, layer in layers.items() if isinstance(layer.codec, EigenCodec)}
     if not eigen:
         return 0
     bases = {name: layer.basis for name, layer in eigen.items()}
-    return RowTrial(bases, {name: layer.Lambda for name, layer in eigen.items()}, final).least_bytes(1 - FINE)
+    Lambdas = {name: layer.Lambda for name, layer in eigen.items()}
+    trial = RowTrial(bases, Lambdas, final)
+    wanted, used = trial.least_bytes(error), sum(layer.codec.bytes_per_row for layer in eigen.values())
+    return wanted if wanted > used and trial.error(allocate(Lambdas, wanted)) <= error else 0
 
 
 def _exact_scores(basis: Eigenbasis, asked: Tensor, gradient: LayerGradient) -> Tensor:

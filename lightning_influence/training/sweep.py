@@ -225,7 +225,7 @@ class Sweep:
         chosen = np.flatnonzero(recorder.writer.read_column("valid")[rows])
         some = torch.from_numpy(chosen)
         exact = {name: concatenate([gradients[name] for _, gradients in self._kept])[some] for name in factors}
-        return rank_agreement(factors, exact, recorder.stored_rows(rows[chosen].tolist()))
+        return rank_agreement(factors, exact, recorder.stored_rows(rows[chosen].tolist()), self._error_budget)
 
     def _look(self, indices: np.ndarray, batch: Any) -> StepGradients:
         """A batch's gradients, after leaving out what cannot be attributed."""

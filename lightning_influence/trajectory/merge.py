@@ -37,7 +37,7 @@ from lightning_influence.layer_record import describe_layers
 from lightning_influence.metrics import mean_rank_correlation
 from lightning_influence.processes import ALONE, Processes
 from lightning_influence.recorder import Recorder
-from lightning_influence.row_choice import RowTrial
+from lightning_influence.row_choice import LEAST_EXAMPLES, RowTrial, bytes_untried
 from lightning_influence.row_file import RecordedCounts, specs
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreWriter
@@ -132,7 +132,9 @@ class Trajectory:
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
         bases = {name: self._basis(name) for name in weights}
         Lambdas = {name: self._mean_squares(name, bases[name], sample, examples, weights[name]) for name in bases}
-        if error_budget is not None:
+        if error_budget is not None and len(sample) < LEAST_EXAMPLES:
+            bytes_per_example = bytes_untried(len(sample), bytes_per_example)
+        elif error_budget is not None:
             tried = sample[:SAMPLED_EXAMPLES][
                 : max(SAMPLED_AT_LEAST, TRIED_ELEMENTS // sum(L.numel() for L in Lambdas.values()))
             ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.codecs import EigenCodec, allocate, allocate_for, expected_spearman
-from lightning_influence.codecs.tiers import LOST
+from lightning_influence.codecs.tiers import LOST, tier_of
 from lightning_influence.functional.kronecker import eigenbasis
 
 layers_of_lambda = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=1, max_size=4)
@@ -136,3 +136,15 @@ def test_an_expected_spearman_is_that_of_independent_gaussians() -> None:
     found = codec.scores(projected, codec.encode_coordinates(rows[:, chosen.coordinates]))
     measured = mean_rank_correlation(found, exact)
     assert measured == pytest.approx(expected_spearman({"layer": Lambda}, {"layer": chosen.tiers}), abs=0.02)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 2, 4)])
+def test_tiers_that_do_not_fall_are_refused(bits: tuple[int, ...]) -> None:
+    tiers = [tier_of(number, 64) for number in bits]
+    with pytest.raises(ValueError, match="`tiers` must have falling bits, each once, got"):
+        EigenCodec(
+            eigenbasis(torch.eye(20), torch.eye(20)),
+            torch.arange(64 * len(bits)),
+            torch.ones(64 * len(bits)),
+            tiers,
+        )

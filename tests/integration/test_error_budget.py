@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceCallback, capture
+from lightning_influence import InfluenceCallback, capture, recorder
+from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.store import StoreReader
+from lightning_influence.training.options import CaptureOptions
+from lightning_influence.training.report import warn_of_losses
+from lightning_influence.training.staleness import Agreement
 
 
 class Convolutions(LightningModule):
@@ -38,14 +42,14 @@ def data() -> TensorDataset:
     )
 
 
-def file_of(path: Path, max_epochs: int = 3, **options) -> StoreReader:
+def file_of(path: Path, max_epochs: int = 3, batch_size: int = 50, **options) -> StoreReader:
     seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     callback = InfluenceCallback(path, on_error="raise", **options)
     trainer = Trainer(
         max_epochs=max_epochs, accelerator="cpu", callbacks=[callback], enable_model_summary=False, **quiet
     )
-    trainer.fit(Convolutions(), DataLoader(data(), 50, shuffle=True))
+    trainer.fit(Convolutions(), DataLoader(data(), batch_size, shuffle=True))
     return StoreReader(path)
 
 
@@ -66,6 +70,62 @@ def test_the_measured_error_is_about_the_budget_and_in_the_file(options: dict, t
 def test_one_epoch_whose_rows_are_spooled_reaches_it(tmp_path: Path) -> None:
     store = file_of(tmp_path / "influence.h5", max_epochs=1, error_budget=0.05)
     assert 1 - store.attributes["codec_spearman"] <= 0.1
+
+
+@pytest.mark.parametrize("batch_size", [4, 20])
+def test_small_blocks_of_a_spool_decide_together(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of large activations spool every step by itself, of four examples here."""
+    monkeypatch.setattr(recorder, "BLOCK_BYTES", 1)
+    options = {"max_epochs": 1, "codec": "eigen", "error_budget": 0.1}
+    store = file_of(tmp_path / "influence.h5", batch_size=batch_size, **options)
+    assert store.attributes["codec_spearman"] > 0.8
+    everything = file_of(tmp_path / "whole.h5", max_epochs=1, codec="eigen", bytes_per_example=10**6)
+    assert store.attributes["bytes_per_row"] < everything.attributes["bytes_per_row"] / 2
+
+
+def test_an_epoch_of_a_few_examples_gets_the_usual_bytes_and_a_warning(tmp_path: Path) -> None:
+    few = DataLoader(torch.utils.data.Subset(data(), range(6)), 3)
+    with pytest.warns(UserWarning, match=r"6 are too few"):
+        capture(Convolutions(), few, tmp_path / "influence.h5", error_budget=0.1, codec="eigen")
+
+
+@pytest.mark.parametrize(
+    ("fine_bytes", "codec", "options", "advice"),
+    [
+        (900, "eigen", {}, "pass `bytes_per_example=900` for 0.95, or an `error_budget`. "),
+        (900, "eigen", {"error_budget": 0.01}, "pass a smaller `error_budget`. "),
+        (900, "eigen", {"error_budget": 0.01, "bytes_per_example": 800}, "`bytes_per_example=900` for 0.99. "),
+        (
+            900,
+            "eigen",
+            {"error_budget": 0.01, "bytes_per_example": 1000},
+            "helps: pass a smaller `error_budget`. ",
+        ),
+        (0, "eigen", {}, "helps: shuffle the data"),
+        (None, "eigen", {}, "helps: pass a larger `bytes_per_example`, or an `error_budget`. "),
+        (0, "pairs", {}, 'helps: bring the inputs to one scale, or pass `codec="pairs-float16"`. '),
+        (0, "pairs", {"error_budget": 0.05}, "to one scale, or pass an `error_budget` below 0.02. "),
+    ],
+)
+def test_the_advice_on_coarse_rows_can_be_followed(
+    fine_bytes: int | None, codec: str, options: dict, advice: str
+) -> None:
+    plans = {"layer": LayerPlan((3, 4), True, codec, 1)}
+    with pytest.warns(UserWarning, match="coarse") as caught:
+        warn_of_losses(
+            Agreement(codec=0.7, fine_bytes=fine_bytes), plans, (), CaptureOptions(Path("x.h5"), **options)
+        )
+    assert advice in str(caught[0].message)
+
+
+def test_bytes_of_an_error_budget_are_announced_as_a_bound(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        file_of(tmp_path / "influence.h5", error_budget=0.2)
+    assert any(" at most " in message and "bytes per row" in message for message in caplog.messages)
 
 
 def test_pairs_are_float16_where_int8_may_lose_too_much(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def fitted(make: Callable[[], Task], *callbacks: Callback) -> list[Tensor]:
 TRAINED = {
     "skipped at first": lambda: Task(Skipping(freezes=False), optimizer=MOVING),
     "frozen at first": lambda: Task(Skipping(freezes=True), optimizer=MOVING),
-    "random loss": lambda: RandomLoss(Skipping(freezes=True), optimizer=MOVING),
+    "random loss": lambda: RandomLoss(nn.Linear(5, 3), optimizer=MOVING),
     "retained": lambda: Retaining(Skipping(freezes=True), optimizer=MOVING),
 }
 

@@ -79,8 +79,10 @@ class InfluenceCallback(Callback):
             "sampled": labels drawn from what the model predicts, anew in each step, from a random generator of
             their own; "exact": the expectation over all labels, for at most 64 numbers or classes that the model
             predicts of an example. Each label costs a backward without weight gradients; the log says what that
-            took. Both are the Gauss-Newton matrix of the recognised loss: cross-entropy (also `nll_loss` of
-            log-probabilities), binary cross-entropy, square error, Gaussian with a given variance, Poisson.
+            took. Hooks of yours on tensors run once more for each label; full backward hooks of modules and
+            `torch.autograd.Function`s would too, and end capture if the first step has any. Both are the
+            Gauss-Newton matrix of the recognised loss: cross-entropy (also `nll_loss` of log-probabilities),
+            binary cross-entropy, square error, Gaussian with a given variance, Poisson.
         fisher_samples: labels drawn for each example, with "sampled".
         loss: "auto" recognises the functions of `torch.nn.functional`; for any other loss, "mean"
             or "sum" declares what the value that `training_step` returns is over the examples.

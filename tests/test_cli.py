@@ -71,6 +71,19 @@ def raises_later():
 def unusable():
     return [torch.zeros(2, 3)]
 
+def empty_later():
+    images, labels = one_batch()
+    yield images, labels
+    yield images[:0], labels[:0]
+
+def not_a_number():
+    images, labels = one_batch()
+    images[2] = float("nan")
+    return images, labels
+
+def failing(model, batch):
+    return batch[5]
+
 def first_logit(model, batch):
     return model.net(batch[0])[:, 0]
 
@@ -215,6 +228,19 @@ def test_info_tells_of_each_segment(folder, capsys):
     found = json.loads(answer(capsys, "info", "segments.h5", "--json"))
     assert [segment["epoch"] for segment in found["segments"]] == [0, 1]
     assert "earlier segment 0: 100 rows, in epoch 0" in answer(capsys, "info", "segments.h5")
+
+
+def test_info_tells_of_the_labels_that_were_drawn(folder, capsys, tmp_path):
+    path = shutil.copy("influence.h5", tmp_path)
+    sizes = {"effective_samples_S": 23.4, "effective_samples_Lambda": 21.6}
+    with h5py.File(path, "r+") as file:
+        file.attrs.update({"fisher": np.bytes_("sampled"), "fisher_samples": 2, **sizes})
+    assert "sampled Fisher (2 labels an example; effective sample sizes 23 of S and 22" in answer(
+        capsys, "info", path
+    )
+    (segment,) = json.loads(answer(capsys, "info", path, "--json"))["segments"]
+    assert segment["fisher_samples"] == 2
+    assert {name: segment[name] for name in sizes} == sizes
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
@@ -367,7 +393,18 @@ def test_arguments_may_stand_in_a_file(folder, capsys, tmp_path):
     assert answer(capsys, "top", "influence.h5", "--config", str(config)) == spelled
 
 
+def test_fewer_rows_than_are_shown_by_default_are_all_shown(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[main.__module__], "DEFAULT_K", 5000)
+    found = json.loads(answer(capsys, "top", "influence.h5", *ASK, "asking:one_batch", "--json"))
+    assert [len(entry["top"]) for entry in found] == [1437] * 3
+
+
 # self-influence and export
+
+
+def test_a_missing_file_is_told_even_if_the_table_exists(folder, capsys, tmp_path):
+    (tmp_path / "table.csv").touch()
+    assert "there is no file absent.h5" in refusal(capsys, "export", "absent.h5", f"--to={tmp_path / 'table.csv'}")
 
 
 def test_self_influence_comes_in_order(folder, capsys, influence):
@@ -436,6 +473,7 @@ def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp
         ([*ASK, "asking:loader", "--model=asking:NotAModel"], "`--model` must name a LightningModule's class"),
         ([*ASK, "asking:loader", "--model=asking:Needy"], "cannot be loaded as Needy: TypeError"),
         ([*ASK, "asking:loader", "--model_args.width=3"], "cannot be loaded as Digits: RuntimeError"),
+        ([*ASK, "asking:loader", "--model_args.depth=3"], "'depth', which Digits does not take; it takes: width"),
         ([*ASK, "asking:loader", "--checkpoint=absent.ckpt"], "`--checkpoint absent.ckpt` cannot be loaded"),
         ([*ASK, "asking:loader", "--checkpoint=merge.ckpt"], "weights are not those of influence.h5"),
         ([*ASK, "asking:loader", "--device=abacus"], "`--device abacus` cannot be used"),
@@ -445,6 +483,12 @@ def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp
         ([*ASK, "asking:loader", "--segments={5: 1.0}"], "`segments` names 5"),
         ([*ASK, "asking:loader", "--k=0"], "`k` must be an integer from 1 to 1437"),
         ([*ASK, "asking:loader", "--measurement=asking:not_a_function"], "must name a function of (model, batch)"),
+        (
+            [*ASK, "asking:loader", "--measurement=asking:failing"],
+            "`--measurement asking:failing` failed: IndexError",
+        ),
+        ([*ASK, "asking:empty_later"], "gave a batch without any query"),
+        ([*ASK, "asking:not_a_number"], "query 2: its scores are not finite"),
     ],
 )
 def test_a_question_that_cannot_be_answered_is_told_in_one_line(folder, capsys, arguments, message):
@@ -457,6 +501,7 @@ def test_a_question_that_cannot_be_answered_is_told_in_one_line(folder, capsys, 
         (["info", "absent.h5"], "there is no file absent.h5"),
         (["info", "last.ckpt"], "is not HDF5"),
         (["self-influence", "influence.h5", "--top=0"], "`--top` must be at least 1, got 0"),
+        (["export", "influence.h5", "--to=table.csv", *ASK, "asking:not_a_number"], "query 2: its scores are not"),
         (["export", "influence.h5", "--to=table.xls"], "`--to` must end in .csv or .npz"),
         (["export", "influence.h5", "--to=nowhere/table.csv"], "there is no folder"),
         (["export", "influence.h5", "--to=table.csv", "--model=command_line:Digits"], "`--checkpoint` is missing"),

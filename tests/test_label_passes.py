@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.fisher import LabelPasses, LabelSource
+from lightning_influence.codecs import EigenCodec
+from lightning_influence.fisher import LabelFactors, LabelPasses, LabelSource
+from lightning_influence.functional.kronecker import diagonal_basis
+from lightning_influence.gradients import DenseGradient
+from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.layers import track_layers
 from lightning_influence.losses import Predictive
+from lightning_influence.processes import ALONE
 from lightning_influence.step import StepCapture
 from tests.integration.models import Checkpointed, Mlp, Pooled, Reused, Tied, position_data, seeded, vector_data
 from tests.integration.nets import SmallConvNet, SmallTransformer
@@ -84,3 +90,26 @@ def test_a_pass_with_the_training_labels_gives_the_gradients_of_the_backward(nam
     net.zero_grad(set_to_none=True)
     loss_of(net(inputs)).backward()
     assert all(map(torch.equal, grads, [p.grad for p in net.parameters() if p.grad is not None]))
+
+
+@pytest.mark.parametrize("skips", [(4, 5), (2, 4)], ids=["after it is used", "as soon as coordinates are chosen"])
+def test_a_layer_that_some_steps_skip_has_the_mean_over_the_steps_that_sum_a_coordinate(
+    tmp_path: Path, skips: tuple[int, int]
+) -> None:
+    """Two steps sum all coordinates, four those that rows keep; a skipped one counts where it would sum."""
+    basis, kept = diagonal_basis((2, 3)), torch.tensor([0, 4])
+    codec = EigenCodec(basis, kept, torch.ones(2))
+    factors = LabelFactors(
+        {"layer": LayerPlan((2, 3), False, "eigen", 1)}, {}, {"layer": basis}, tmp_path / "x.h5"
+    )
+    values = torch.randn(6, 5, 2, 3, generator=torch.Generator().manual_seed(0))
+    values[[*skips]] = 0
+    for step, gradient in enumerate(values):
+        other = DenseGradient(torch.ones(5, 1, 1))  # of a layer that tells how many examples there are
+        used = {} if step in skips else {"layer": DenseGradient(gradient)}
+        factors.add({"other": other, **used}, {"layer": codec} if step >= 2 else {})
+        factors.end_step()
+    factors.finish({}, ALONE)
+    expected = values[:2].square().mean((0, 1))
+    expected.view(-1)[kept] = values.square().mean((0, 1)).view(-1)[kept]
+    torch.testing.assert_close(factors.Lambda("layer", codec), expected)

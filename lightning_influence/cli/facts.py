@@ -14,6 +14,7 @@ import numpy as np
 
 from lightning_influence.cli.tables import table
 from lightning_influence.errors import CorruptStoreError
+from lightning_influence.fisher import describe_fisher
 from lightning_influence.layers import Coverage
 from lightning_influence.query import DEFAULT_DAMPING, described_layers
 from lightning_influence.segments import mean_learning_rate
@@ -22,6 +23,7 @@ from lightning_influence.training.report import STALE_BELOW
 from lightning_influence.training.staleness import FINE
 
 _HASH_DIGITS = 16
+_FISHER_FACTS = ("fisher_samples", "effective_samples_S", "effective_samples_Lambda")  # not of the empirical one
 
 
 def facts_of(store: StoreReader) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def _segment(store: StoreReader) -> dict[str, Any]:
         "staleness_note": attributes.get("staleness_note", ""),
         "codec_spearman": attributes.get("codec_spearman", math.nan),
         "fisher": attributes.get("fisher"),
+        **{name: attributes[name] for name in _FISHER_FACTS if name in attributes},
         "loss": _document(store, "loss", {}),
         "coverage": coverage.share if coverage.layers else None,
         "not_attributed": [
@@ -146,7 +149,7 @@ def text_of(found: Mapping[str, Any]) -> str:
         f"  weights: {_weights(last)}",
         f"  staleness: {_staleness(last)}",
         f"  codec: {_agreement(last['codec_spearman'], FINE, 'stored and exact rows')}",
-        f"  loss: {_loss(last['loss'])}; {last['fisher'] or 'unknown'} Fisher, EK-FAC",
+        f"  loss: {_loss(last['loss'])}; {describe_fisher(last) if last['fisher'] else 'unknown Fisher'}, EK-FAC",
         *_coverage(last),
         *(f"  {line}" for line in _layer_table(last["layers"]).splitlines()),
     ]

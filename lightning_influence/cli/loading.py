@@ -6,7 +6,9 @@ that is not ours is told with the argument that named it.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_influence.curvature import AbsoluteDamping, Damping, HeuristicDamping, get_curvature
@@ -41,6 +44,7 @@ def load_influence(options: Namespace) -> InfluenceModule:
     kind = imported(options.model, "--model")
     if not (isinstance(kind, type) and hasattr(kind, "load_from_checkpoint")):
         raise QueryError(f"`--model` must name a LightningModule's class, got {options.model!r}, {kind!r}.")
+    _check_model_args(kind, options.model_args)
     with _told(f"`--checkpoint {options.checkpoint}` cannot be loaded as {kind.__name__}"):
         influence = InfluenceModule.from_checkpoint(
             options.checkpoint,
@@ -51,6 +55,18 @@ def load_influence(options: Namespace) -> InfluenceModule:
         )
     with _told(f"`--device {options.device}` cannot be used"):
         return influence.to(torch.device(options.device))
+
+
+def _check_model_args(kind: type, given: Mapping[str, Any]) -> None:
+    """Refuse names that `load_from_checkpoint` would silently leave out."""
+    parameters = inspect.signature(kind).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    unknown = sorted(set(given) - set(known))
+    if unknown and len(known) == len(parameters):
+        raise QueryError(
+            f"`--model_args` has {unknown[0]!r}, which {kind.__name__} does not take; it takes: "
+            f"{', '.join(known) or 'nothing'}."
+        )
 
 
 def batches(options: Namespace) -> Iterator[Any]:
@@ -70,6 +86,8 @@ def batches(options: Namespace) -> Iterator[Any]:
     if batch is _END:
         raise QueryError(f"{where} gave no queries; return at least one batch.")
     while batch is not _END:
+        if _is_empty(batch):
+            raise QueryError(f"{where} gave a batch without any query (a tensor of no rows); leave it out.")
         yield batch
         with _told(f"{where} failed"):
             batch = next(found, _END)
@@ -102,7 +120,13 @@ def measured(options: Namespace) -> dict[str, Callable | None]:
             f"`--measurement {options.measurement}` must name a function of (model, batch), got "
             f"{type(measurement).__name__}."
         )
-    return {"measurement": measurement}
+
+    @functools.wraps(measurement)
+    def told(model: Any, batch: Any) -> Tensor:
+        with _told(f"`--measurement {options.measurement}` failed"):
+            return measurement(model, batch)
+
+    return {"measurement": told}
 
 
 def damping_of(text: float | str) -> Damping:
@@ -174,6 +198,12 @@ def _batched(data: Any, batch_size: int, where: str) -> Iterable[Any]:
         f"{where} must return a DataLoader, a Dataset, one batch (a tuple, mapping or tensor) or an iterable of "
         f"batches, got {type(data).__name__}."
     )
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether the first tensor of a batch has no rows."""
+    leaf = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    return leaf is not None and leaf.ndim > 0 and len(leaf) == 0
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from lightning_influence.cli import checking, facts, loading, tables
 from lightning_influence.errors import InfluenceError
 from lightning_influence.query import InfluenceQuery
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 PROGRAM = "lightning-influence"
+DEFAULT_K = 10
 BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
@@ -80,15 +83,22 @@ def top(options: Namespace) -> int:
     influence = loading.load_influence(options)
     ends = {"top": True, "bottom": False} if options.bottom else {"top": True}
     queries: list[dict[str, Any]] = []
+    k = min(DEFAULT_K, _valid_rows(influence.store)) if options.k is None else options.k
     for batch in loading.batches(options):
-        found = {end: influence.top_k(batch, options.k, largest=largest, **asked) for end, largest in ends.items()}
+        found = {end: influence.top_k(batch, k, largest=largest, **asked) for end, largest in ends.items()}
         for row in range(len(found["top"].indices)):
+            tables.check_scores(len(queries), found["top"].scores[row])
             entry: dict[str, Any] = {"query": len(queries)}
             for end, (indices, scores) in found.items():
                 entry[end] = tables.records(influence.store, indices[row], score=scores[row])
             queries.append(entry)
     _print(queries, tables.queries_text(queries), options.json)
     return 0
+
+
+def _valid_rows(store: StoreReader) -> int:
+    """At least 1, so that a file without any is refused as ever."""
+    return max(1, int((store.column("written").astype(bool) & store.column("valid").astype(bool)).sum()))
 
 
 def self_influence(options: Namespace) -> int:
@@ -107,13 +117,18 @@ def export(options: Namespace) -> int:
     """Write every example's columns and self-influence, and scores if there are queries, to .csv or .npz."""
     write = tables.writer_to(options.to, options.file)
     asked = loading.asked(options)
+    scores: list[np.ndarray] | None = None
     if not (options.checkpoint or options.model or options.data or options.measurement):
-        store, scores = StoreReader(options.file), None
+        store = StoreReader(options.file)
     else:
         measured = asked | loading.measured(options)
         influence = loading.load_influence(options)
-        scores = [influence.scores(batch, **measured).numpy() for batch in loading.batches(options)]
-        store = influence.store
+        store, scores = influence.store, []
+        for batch in loading.batches(options):
+            found = influence.scores(batch, **measured)
+            for row in found:
+                tables.check_scores(len(scores), row)
+                scores.append(row.numpy())
     columns = tables.columns(store) | {"self_influence": InfluenceQuery(store).self_influence(**asked).numpy()}
     print(write(columns, scores))
     return 0
@@ -202,7 +217,8 @@ def _question_arguments(parser: ArgumentParser) -> None:
 
 
 def _top_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--k", type=int, default=10, help="how many examples of each query")
+    number = f"how many examples of each query; {DEFAULT_K}, or all if there are fewer"
+    parser.add_argument("--k", type=int | None, help=number)
     parser.add_argument("--bottom", action="store_true", help="also those with the smallest scores")
 
 

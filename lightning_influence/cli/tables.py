@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_influence.errors import QueryError
 from lightning_influence.functional.ranking import top_k
 from lightning_influence.store import COLUMNS, StoreReader
 
@@ -26,6 +27,22 @@ def columns(store: StoreReader) -> dict[str, np.ndarray]:
 def largest(values: Tensor, count: int) -> Tensor:
     """Indices of the largest values, best first, at most as many as are not NaN."""
     return top_k(values[None], min(count, int((~values.isnan()).sum())))[1][0]
+
+
+def check_scores(query: int, scores: Tensor) -> None:
+    """Refuse scores of which none is finite.
+
+    Args:
+        query: its number.
+        scores: its own, of examples; those without a row are NaN.
+
+    Raises:
+        QueryError: naming the query.
+    """
+    if not bool(scores.isfinite().any()):
+        raise QueryError(
+            f"query {query}: its scores are not finite; is there a NaN in it, or in what the model makes of it?"
+        )
 
 
 def records(store: StoreReader, indices: Tensor, **values: Tensor) -> list[dict[str, Any]]:
@@ -106,11 +123,11 @@ def writer_to(target: str, source: str) -> Callable[[Columns, Sequence[np.ndarra
         raise ValueError(f"`--to` must end in .csv or .npz, got {target!r}.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"`--to {target}`: there is no folder {path.absolute().parent}.")
-    if path.exists() and path.samefile(source):
+    if path.exists() and Path(source).exists() and path.samefile(source):
         raise ValueError(f"`--to {target}` is the file of gradients itself; name another.")
 
     def write(columns: Columns, scores: Sequence[np.ndarray] | None) -> str:
-        joined = None if scores is None else np.concatenate(scores)
+        joined = None if scores is None else np.stack(scores)
         writers[path.suffix](path, columns, joined)
         queries = "" if joined is None else f"; scores of {len(joined):,} quer{'y' if len(joined) == 1 else 'ies'}"
         return f"{path}: {len(columns['index']):,} examples, {', '.join(columns)}{queries}"

@@ -68,7 +68,7 @@ class LabelFactors:
         for name, plan in self._plans.items():
             gradient = gradients.get(name)
             if gradient is None:  # it is zero for all examples
-                self._count_zeros(name, n, plan)
+                self._count_zeros(name, n, plan, codecs.get(name))
             else:
                 self._add(name, gradient, codecs.get(name))
         if self._buffered >= SPOOLED_BYTES:
@@ -147,22 +147,29 @@ class LabelFactors:
             norms = squared_norms(gradient)
             self._eigenvalues[name].add(gradient)
         else:
-            if name not in self._has_selected:
-                self._has_selected.add(name)
-                self._sizes_Lambda[name].restart()
+            self._begin_selected(name)
             coordinates = codec.selection.of(gradient)
             norms = coordinates.square().sum(1)
             self._eigenvalues[name].add_some(coordinates, codec.coordinates)
         self._sizes_Lambda[name].add(norms, is_finite)
 
-    def _count_zeros(self, name: str, n: int, plan: LayerPlan) -> None:
+    def _begin_selected(self, name: str) -> None:
+        """From now on, sizes are of the coordinates that rows keep."""
+        if name not in self._has_selected:
+            self._has_selected.add(name)
+            self._sizes_Lambda[name].restart()
+
+    def _count_zeros(self, name: str, n: int, plan: LayerPlan, codec: EigenCodec | None) -> None:
         if name in self._covariances:
             self._covariances[name].examples += n
         if name in self._buffers:
             o, i = plan.shape
             self._buffers[name].append(DenseGradient(torch.zeros(n, o, i)))
-        else:
+        elif codec is None:
             self._eigenvalues[name].count(n)
+        else:
+            self._begin_selected(name)
+            self._eigenvalues[name].count_some(n)
         for sizes in (self._sizes_S, self._sizes_Lambda):
             sizes[name].add(torch.zeros(n))
 
@@ -206,11 +213,15 @@ class _Eigenvalues:
         if self.device != coordinates.device:
             self.to(coordinates.device)
         self._squares.view(-1)[kept] += coordinates.square().sum(0)
-        self._counts[1] += len(coordinates)
+        self.count_some(len(coordinates))
 
     def count(self, n: int) -> None:
         """Examples whose coordinates are zero, or were added."""
         self._counts += n
+
+    def count_some(self, n: int) -> None:
+        """Examples whose coordinates at the places of `add_some` are zero, or were added."""
+        self._counts[1] += n
 
     def value(self, name: str, kept: Tensor | None) -> Tensor:
         """Lambda [o, i], with `kept` the places of which `add_some` was told."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,8 @@ class LabelPasses:
         self.source, self.per_example = source, 0
         self._model, self._seed = model, seed
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._moving: list[Tensor] | None = None  # buffers that a pass changes; None: not known yet
+        self._moving = _running_statistics(model)  # buffers that a pass changes, as far as is known
+        self._is_first = True  # step: more may
         self._waiting: list[dict] = []
         self._reached: set[str] = set()
         self._scale = 1.0
@@ -72,20 +72,22 @@ class LabelPasses:
             self._run(capture, loss, n, after_pass)
 
     def _run(self, capture: StepCapture, loss: Tensor, n: int, after_pass: Callable[[], None] | None) -> None:
-        found = predictives(loss, capture.tap.calls, n)
+        with self._undisturbed(capture):
+            found = predictives(loss, capture.tap.calls, n)
         if not found:
             return
         self._check_passes(found)
         edges = [*capture.hooks.edges]
         for pulls in self.source.pulls(found, self._generator(found[0].prediction.device)):
             records: dict = {}
-            with self._undisturbed(), capture.hooks.apart(records):
+            with self._undisturbed(capture), capture.hooks.apart(records):
                 capture.hooks.is_open = True
                 _pull(pulls, edges, self._scale)
             self._reached |= {name for name, uses in records.items() if uses}
             self._waiting.append(records)
             if after_pass is not None:
                 after_pass()
+        self._is_first = False
         capture.tap.forget_graph()
         capture.hooks.edges = []
 
@@ -141,20 +143,34 @@ class LabelPasses:
         return self._generators[device]
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Random states and buffers are put back: checkpointed parts of a model run again in each pass."""
-        is_first = self._moving is None
-        watched = list(self._model.buffers()) if self._moving is None else self._moving
+    def _undisturbed(self, capture: StepCapture) -> Iterator[None]:
+        """Put back what a backward changes besides weights' gradients.
+
+        These are random states and buffers, since checkpointed parts of a model run again in each pass, and the
+        gradients of tensors that retain them, which would add up.
+        """
+        watched = list(self._model.buffers()) if self._is_first else self._moving
         before = [buffer.detach().clone() for buffer in watched]
+        grads = [(tensor, tensor.grad) for tensor in capture.tap.retained]
         devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-        if is_first:  # by value: batch normalization updates its statistics past their version counter
-            moved = [not torch.equal(buffer, value) for buffer, value in zip(watched, before, strict=True)]
-            watched, before = [*compress(watched, moved)], [*compress(before, moved)]
-            self._moving = watched
-        for buffer, value in zip(watched, before, strict=True):
-            buffer.data.copy_(value)  # not to the notice of a backward that has saved it
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                yield
+        finally:
+            known = {id(buffer) for buffer in self._moving}
+            for buffer, value in zip(watched, before, strict=True):
+                # by value: batch normalization updates its statistics past their version counter
+                if id(buffer) in known or not torch.equal(buffer, value):
+                    buffer.data.copy_(value)  # not to the notice of a backward that has saved it
+                    self._moving += [buffer] if id(buffer) not in known else []
+            for tensor, grad in grads:
+                tensor.grad = grad
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Of batch normalization and its like: which may be frozen, or skipped, in the first step and move later."""
+    modules = [module for module in model.modules() if hasattr(module, "running_mean")]
+    return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 
 def _pull(pulls: list[tuple[Tensor, Tensor]], edges: list, scale: float) -> None:

@@ -33,6 +33,7 @@ class LossTap(TorchFunctionMode):
     Attributes:
         is_open: whether gradients that flow now are the step's.
         keeps_graph: whether calls know their place in the graph, which they keep alive until `forget_graph`.
+        retained: tensors that were told to keep their gradient (`retain_grad`), while the graph is kept.
 
     A loss of one's own inside the `with`, which is not the user's, belongs under
     `torch._C.DisableTorchFunction()`.
@@ -52,6 +53,7 @@ class LossTap(TorchFunctionMode):
         super().__init__()
         self.is_open = True
         self.keeps_graph = False
+        self.retained: list[Tensor] = []
         self._calls: list[LossCall] = []
         self._failure: str | None = None
 
@@ -71,6 +73,8 @@ class LossTap(TorchFunctionMode):
     ) -> Any:
         """Calls the function; records it if it is a recognised loss that needs a gradient."""
         kwargs = kwargs or {}
+        if func is Tensor.retain_grad and self.keeps_graph:
+            self.retained.append(args[0])
         if func not in RULES:
             return func(*args, **kwargs)
         if func is F.l1_loss:
@@ -89,7 +93,7 @@ class LossTap(TorchFunctionMode):
 
     def clear(self) -> None:
         """Forgets all calls, and lets go of their arguments."""
-        self._calls = []
+        self._calls, self.retained = [], []
         self._failure = None
 
     def clear_reached(self) -> None:
@@ -98,6 +102,7 @@ class LossTap(TorchFunctionMode):
 
     def forget_graph(self) -> None:
         """Let go of the graph; the calls stay."""
+        self.retained = []
         for call in self._calls:
             call.graph = None
 

@@ -179,7 +179,8 @@ class Solver(ABC):
             vectors: right-hand sides, shape [q, p].
 
         Returns:
-            The solution [q, p] and, for each row, how it was found. What did not converge is also warned of.
+            The solution [q, p] and, for each row, how it was found. What did not converge, or fits worse than
+            x = 0 would, is also warned of.
 
         Raises:
             ValueError: if `vectors` do not fit the operator.
@@ -214,6 +215,13 @@ class Solver(ABC):
             warnings.warn(
                 f"{type(self).__name__}: {int(failed.sum())} of {len(converged)} right-hand sides did not "
                 f"converge; the largest relative residual is {float(residual[failed].max()):.2g}; {self.advice}.",
+                stacklevel=3,
+            )
+        worse = (residual > 1) & converged
+        if bool(worse.any()):  # a criterion other than the residual, which x = 0 leaves at 1
+            warnings.warn(
+                f"{type(self).__name__}: {int(worse.sum())} of {len(converged)} solutions are worse than x = 0; "
+                f"the largest relative residual is {float(residual[worse].max()):.2g}; {self.advice}.",
                 stacklevel=3,
             )
 

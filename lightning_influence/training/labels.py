@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_influence.errors import UnsupportedTrainingError
-from lightning_influence.fisher import LabelPasses, LabelSource
+from lightning_influence.fisher import LabelPasses, LabelSource, check_graph
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.step import StepCapture
 from lightning_influence.training.indices import NO_ROW
@@ -72,6 +72,7 @@ class LabelCapture:
             return
         began = time.perf_counter()
         if self._passes is None:
+            check_graph(loss, self._capture.hooks.edges, kind=self._source.kind)
             self._passes = LabelPasses(self._source, self._model, seed=self._trainer.global_rank)
         self._check(self._source, backwards)
         self._rows = rows

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback
+from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.store import StoreReader
 from tests.integration.models import Task, seeded, stored_factors, train, vector_data
 from tests.integration.test_compiled import WAYS
 from tests.matrix.processes import ODD, processes
 from tests.matrix.running import train as train_situation
 from tests.matrix.situation import Net, Situation
+
+MOVING = partial(torch.optim.SGD, lr=0.05)
 
 
 def factors_of(path: Path) -> dict[str, list[Tensor]]:
@@ -141,3 +148,127 @@ def test_a_run_that_is_resumed_has_factors_of_what_it_sees(tmp_path: Path, stops
     for _, Lambda in stored_factors(tmp_path / "x.h5").values():
         assert (Lambda >= 0).all()
         assert 0 < Lambda.sum() < torch.inf
+
+
+# %%
+# What a model keeps of its own backward
+
+
+class Skipping(nn.Module):
+    """Checkpointed batch normalization that the first steps of a fit leave out, or freeze."""
+
+    def __init__(self, *, freezes: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.freezes, self.calls = freezes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        is_early = self.training and self.calls <= 4
+        self.norm.train(self.training and not (is_early and self.freezes))
+        hidden = self.first(x)
+        if self.freezes or not is_early:
+            hidden = checkpoint(self.norm, hidden, use_reentrant=False)
+        return self.last(torch.tanh(hidden))
+
+
+class RandomLoss(Task):
+    """A loss that is computed again in the backward, with noise: so when it is asked for its labels, too."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return checkpoint(
+            lambda x: x + 0 * torch.rand(()) * x, loss, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+class Retaining(Task):
+    """Gradients are scaled by that of a hidden tensor, which adds up over backwards."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        self.hidden = self.net.first(batch[0]) * 1
+        self.hidden.retain_grad()
+        return self.loss(self.net.last(self.hidden), batch[1])
+
+    def on_after_backward(self) -> None:
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 + self.hidden.grad.norm())
+
+
+def fitted(make: Callable[[], Task], *callbacks: Callback) -> list[Tensor]:
+    """Weights, statistics and the random state after three epochs."""
+    torch.manual_seed(0)
+    task = make()
+    train(task, vector_data(), *callbacks, max_epochs=3)
+    return [*task.state_dict().values(), torch.get_rng_state()]
+
+
+TRAINED = {
+    "skipped at first": lambda: Task(Skipping(freezes=False), optimizer=MOVING),
+    "frozen at first": lambda: Task(Skipping(freezes=True), optimizer=MOVING),
+    "random loss": lambda: RandomLoss(nn.Linear(5, 3), optimizer=MOVING),
+    "retained": lambda: Retaining(Skipping(freezes=True), optimizer=MOVING),
+}
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_backwards_leave_behind_is_put_back(tmp_path: Path, name: str, fisher: str) -> None:
+    options = {"fisher": fisher, "epochs": "every", "trajectory": "segments"}
+    callback = InfluenceCallback(tmp_path / "x.h5", on_error="raise", **options)
+    assert all(map(torch.equal, fitted(TRAINED[name]), fitted(TRAINED[name], callback)))
+    assert StoreReader(tmp_path / "x.h5").attributes["fisher"] == fisher
+
+
+class Counting(torch.autograd.Function):
+    """The identity; its backward keeps a count."""
+
+    runs = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Counting.runs += 1
+        return grad
+
+
+class WithFunction(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self
+        return last(Counting.apply(first(x)))
+
+
+def with_hook() -> nn.Module:
+    def count(module: nn.Module, grad_input: object, grad_output: object) -> None:
+        Counting.runs += 1
+
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[1].register_full_backward_hook(count)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:InfluenceCallback has stopped")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WithFunction(nn.Linear(5, 4), nn.Linear(4, 3)), r"`torch.autograd.Function` 'Counting'"),
+        (with_hook, "a full backward hook"),
+    ],
+)
+def test_python_in_the_backward_is_refused_before_it_is_run(
+    tmp_path: Path, make: Callable[[], nn.Module], message: str
+) -> None:
+    Counting.runs = 0
+    alone = fitted(lambda: Task(make(), optimizer=MOVING))
+    expected, Counting.runs = Counting.runs, 0
+    beside = fitted(lambda: Task(make(), optimizer=MOVING), InfluenceCallback(tmp_path / "x.h5", fisher="exact"))
+    assert Counting.runs == expected + 1 == 19  # once in a copy of the model, which is asked before training
+    assert all(map(torch.equal, alone, beside))
+    with pytest.raises(UnsupportedTrainingError, match=message):
+        fitted(lambda: Task(make()), InfluenceCallback(tmp_path / "x.h5", fisher="exact", on_error="raise"))
+    fitted(lambda: Task(make()), InfluenceCallback(tmp_path / "x.h5", on_error="raise"))
+    assert StoreReader(tmp_path / "x.h5").attributes["fisher"] == "empirical"

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence.solvers import (
     Arnoldi,
     ConjugateGradient,
+    CurvatureOperator,
     DenseOperator,
     DivergenceError,
     Exact,
@@ -22,6 +23,7 @@ from lightning_influence.solvers import (
     Solver,
     SolverError,
 )
+from lightning_influence.solvers.base import Draft
 from tests.reference.models import random
 from tests.solvers.problems import spd, spd_operator, symmetric
 
@@ -320,6 +322,18 @@ def test_what_does_not_converge_is_said(solver: Solver) -> None:
         found = solver.solve(spd_operator(SIZE), random(2, SIZE, seed=1))
     assert not bool(found.info.converged.any())
     assert float(found.info.residual.min()) > 1e-3
+
+
+class Wrong(Exact):
+    """Claims that twice the negative solution is one."""
+
+    def _solve(self, operator: CurvatureOperator, vectors: Tensor) -> Draft:
+        return Draft(-2 * super()._solve(operator, vectors).value, 1, torch.ones(len(vectors), dtype=torch.bool))
+
+
+def test_what_is_worse_than_zero_is_said_whatever_the_criterion_says() -> None:
+    with pytest.warns(UserWarning, match=r"Wrong: 2 of 2 solutions are worse than x = 0; .* is 3;"):
+        Wrong().solve(spd_operator(), random(2, 20))
 
 
 def test_arnoldi_says_that_its_eigenpairs_are_not_right() -> None:

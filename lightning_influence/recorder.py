@@ -187,7 +187,7 @@ class Recorder:
     def _encoded(self, name: str, gradient: LayerGradient, record: LayerRecord) -> EncodedGradient:
         check_gradients({name: self.plans[name]}, {name: gradient})
         finite = gradient.is_finite()
-        if name in self.covariances and not self._blocks_to_skip:
+        if name in self.covariances and self.labels is None and not self._blocks_to_skip:
             self.covariances[name].to(gradient.device).update(gradient if finite.all() else gradient[finite])
         return EncodedGradient(record.add(gradient), finite, gradient.shape)
 

@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ import torch
 from damping_from_rows import RULES as RULES_FROM_ROWS
 from lds import UNCOMPRESSED, Learner, sum_over_halves, train
 from lds_scores import row_correlations, usable
-from lds_tasks import DEFAULT_CACHE, OTHER_TASKS, TASKS, Task, compute_truth, find_task
+from lds_tasks import DEFAULT_CACHE, OTHER_TASKS, TASKS, Task, compute_truth, find_task, run_quietly
 from scipy.stats import rankdata
 
 from lightning_influence import InfluenceCallback, InfluenceModule
@@ -207,8 +205,5 @@ if __name__ == "__main__":
     parser.add_argument("--files", type=Path, default=DEFAULT_CACHE / "damping", help="of captures")
     parser.add_argument("--workers", type=int, default=1, help="processes that make the truth")
     args = parser.parse_args()
-    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # of few workers, staleness, short files
-    torch.set_num_threads(1)
+    run_quietly()
     main()

@@ -24,11 +24,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import logging
 import platform
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ import numpy as np
 import torch
 from fidelity_baselines import low_rank_scores, random_scores, read_layers
 from lds import Learner, train
-from lds_tasks import TASKS, Data, Task, example_losses, fashion_images
+from lds_tasks import TASKS, Data, Task, example_losses, fashion_images, run_quietly
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -315,8 +313,5 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, help="keep all numbers there, as JSON")
     parser.add_argument("--picture", type=Path, help="draw one, with the baselines")
     args = parser.parse_args()
-    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # of few workers, staleness, coarse rows
-    torch.set_num_threads(1)
+    run_quietly()
     main()

@@ -27,11 +27,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import logging
 import platform
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,7 +47,7 @@ from lds_scores import (
     print_table,
     save_results,
 )
-from lds_tasks import DEFAULT_CACHE, TASKS, Task, compute_truth, example_losses, load_truth
+from lds_tasks import DEFAULT_CACHE, TASKS, Task, compute_truth, example_losses, load_truth, run_quietly
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -313,8 +311,5 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=Path("lds.json"))
     parser.add_argument("--picture", type=Path, help="draw one from the results")
     args = parser.parse_args()
-    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # of few workers, staleness, short files
-    torch.set_num_threads(1)
+    run_quietly()
     main()

@@ -14,10 +14,12 @@ import argparse
 import functools
 import gzip
 import hashlib
+import logging
 import math
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,6 +349,14 @@ class Truth:
     @property
     def is_complete(self) -> bool:
         return self.num_models == self.log_likelihoods[..., 0].size
+
+
+def run_quietly() -> None:
+    """One thread, and no tips, nor warnings of few workers, staleness or coarse rows."""
+    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
 
 
 def find_task(name: str) -> Task:

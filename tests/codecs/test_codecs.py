@@ -27,7 +27,7 @@ from lightning_influence.functional.covariance import covariance
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
 from lightning_influence.functional.rotated import NOISE, quantize_rotated, restore_rotated, rotate_groups
-from lightning_influence.gradients import FactoredGradient, LayerGradient, concatenate
+from lightning_influence.gradients import DenseGradient, FactoredGradient, LayerGradient, concatenate
 
 N, Q = 9, 4
 
@@ -397,3 +397,26 @@ def test_an_unknown_codec_lists_the_known() -> None:
     basis = stored("pairs-int8", (5, 8), 1, True).basis
     with pytest.raises(ValueError, match=r"unknown codec 'sketch', known are \['dense', 'eigen', 'pairs'\]"):
         codec_from_config("sketch", {}, {}, basis)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("is_sum", [False, True], ids=["matrices", "sums of outer products"])
+def test_dense_rounding_stays_within_its_bound(dtype: str, is_sum: bool) -> None:
+    """Entries over ten orders of magnitude, and some that float16 has no room for."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = 10.0 ** torch.linspace(-9, 1, 30)
+    inputs, grads = torch.randn(8, 3, 30, generator=generator) * sizes, torch.randn(8, 3, 5, generator=generator)
+    pairs = FactoredGradient(inputs, grads)
+    exact = pairs.dense()
+    codec = DenseCodec((5, 30), dtype=dtype)
+    error = (codec.decode(codec.encode(pairs if is_sum else DenseGradient(exact))) - exact).abs().flatten(1)
+    values = exact.abs().flatten(1)
+    products = (inputs.flatten(1).norm(dim=1) * grads.flatten(1).norm(dim=1))[:, None]
+    if dtype == "float32":
+        bound = torch.zeros_like(values)
+    elif dtype == "int8":
+        bound = group_maxima(values, 64) / 254
+    else:
+        smallest = 1e-12 * products if is_sum else 3e-8 * values.amax(1, keepdim=True)
+        bound = torch.maximum(2.0**-11 * values, smallest)
+    assert bool((error <= bound * (1 + 1e-3) + 1e-6 * values).all())

@@ -24,6 +24,7 @@ FLOORS = [
     {"recorder", "query"},
     {"trajectory", "solvers"},
     {"training"},
+    {"evaluation"},
     {"callback", "module"},
     {"cli"},
     {"__init__"},
@@ -31,7 +32,7 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
     "h5py": {"store"},
-    "lightning": {"callback", "module", "training"},
+    "lightning": {"callback", "module", "training", "evaluation"},
     "lightning_utilities": {"training"},
     "torchmetrics": {"factors", "metrics"},
 }

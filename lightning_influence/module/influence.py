@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -17,18 +16,17 @@ from torch import Tensor, nn
 from lightning_influence.attachment import find_store, matching_segment
 from lightning_influence.curvature import AnyDamping, Curvature
 from lightning_influence.damping_advice import DampingAdvice
-from lightning_influence.errors import CorruptStoreError, QueryError, WeightsMismatchError
+from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.fisher import describe_fisher
-from lightning_influence.gradients import LayerGradient
-from lightning_influence.layers import Coverage, TrackedLayer, find_layers
-from lightning_influence.query import DEFAULT_DAMPING, Attribution, InfluenceQuery, described_layers
+from lightning_influence.layers import Coverage
+from lightning_influence.module.hosted import HostedModel
+from lightning_influence.query import DEFAULT_DAMPING, Attribution, described_layers
 from lightning_influence.segments import Segments
-from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
-from lightning_influence.training.asking import Measurement, example_gradients
+from lightning_influence.training.asking import Measurement
 
 
-class InfluenceModule(LightningModule):
+class InfluenceModule(HostedModel):
     """Answers which training examples made the model say what it says, from its file alone.
 
     A score is positive where up-weighting the training example raises the query's measurement (a
@@ -44,14 +42,6 @@ class InfluenceModule(LightningModule):
         model: the trained model.
         store: its file.
     """
-
-    def __init__(self, model: nn.Module, store: StoreReader) -> None:
-        super().__init__()
-        self.model = model
-        self.store = store
-        self.query_options: dict[str, Any] = {}
-        self._tracked = _find_layers(model, store)
-        self._query: InfluenceQuery | None = None
 
     @classmethod
     def attach(cls, model: nn.Module, store: str | os.PathLike[str] | StoreReader) -> InfluenceModule:
@@ -297,71 +287,6 @@ class InfluenceModule(LightningModule):
         if len(self.store.segments) > 1:
             lines.insert(1, f"this is epoch {self.store.number} of {', '.join(map(str, self.store.segments))}")
         return "\n".join(lines)
-
-    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
-        """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
-        options = dict(self.query_options)
-        k, largest = options.pop("k", 10), options.pop("largest", True)
-        self._engine().check_k(k, options.get("segments"))
-        gradients = self._gradients(batch, options.pop("measurement", None))
-        return self._engine().top_k(gradients, k, largest=largest, **options)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The model's own hook: its batches are prepared as in training."""
-        return _hook(self.model, "on_before_batch_transfer", batch, dataloader_idx)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The model's own hook."""
-        return _hook(self.model, "on_after_batch_transfer", batch, dataloader_idx)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The model's own hook."""
-        if isinstance(self.model, LightningModule):
-            return self.model.transfer_batch_to_device(batch, device, dataloader_idx)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def _transferred(self, batch: Any) -> Any:
-        batch = self.on_before_batch_transfer(batch, 0)
-        batch = self.transfer_batch_to_device(batch, self.device, 0)
-        return self.on_after_batch_transfer(batch, 0)
-
-    def _engine(self) -> InfluenceQuery:
-        device = next(self.model.parameters()).device
-        if self._query is None or self._query.device != device:
-            self._query = InfluenceQuery(self.store, device)
-        return self._query
-
-    def _gradients(self, batch: Any, measurement: Measurement | None) -> dict[str, LayerGradient]:
-        """Gradients of minus the measurement, of each query and layer."""
-        loss = cast(LossKind, self.store.attributes.get("loss", "auto"))
-        asked = example_gradients(self.model, self._tracked, batch, loss=loss, measurement=measurement)
-        return asked.gradients
-
-
-def _find_layers(model: nn.Module, store: StoreReader) -> dict[str, TrackedLayer]:
-    known, reasons = find_layers(dict(model.named_modules()), model, trainable_only=False)
-    tracked = {}
-    for entry in described_layers(store):
-        name = entry["name"]
-        if name not in known:
-            why = next((f": {r}" for n, r in reasons.items() if name == n or name.startswith(f"{n}.")), "")
-            raise WeightsMismatchError(
-                f"{store.path} has gradients of layer {name!r}, which {type(model).__name__} does not have{why}; "
-                "pass the model as it was trained."
-            )
-        has_bias = bool(entry.get("has_bias"))
-        layer = known[name].with_bias(has_bias)
-        if layer.has_bias != has_bias:  # as when modules share the weight and one of their biases was frozen
-            raise WeightsMismatchError(
-                f"{store.path} has gradients of the bias of layer {name!r}, which cannot be told from other "
-                f"biases on its weight in {type(model).__name__}; pass the model as it was trained."
-            )
-        tracked[name] = replace(layer, batch_dim=int(entry.get("batch_dim", 0)))
-    return tracked
-
-
-def _hook(model: nn.Module, name: str, batch: Any, dataloader_idx: int) -> Any:
-    return getattr(model, name)(batch, dataloader_idx) if isinstance(model, LightningModule) else batch
 
 
 def _staleness_text(facts: dict[str, Any]) -> str:

@@ -103,6 +103,9 @@ class InfluenceCallback(Callback):
             does not know them.
         index_key: where in the batch these indices are, if they are part of it.
         num_examples: length of a dataset that does not tell it, such as a stream.
+        background: let a second thread make rows while training goes on, of epochs that are merged, on a CPU with
+            at least twice as many cores as torch has threads. A layer's inputs may not be changed after the
+            backward then, which is noticed.
 
     Example::
 
@@ -128,6 +131,7 @@ class InfluenceCallback(Callback):
         index_fn: Callable[[Any], Sequence[int] | Tensor] | None = None,
         index_key: str | int | None = None,
         num_examples: int | None = None,
+        background: bool = True,
     ) -> None:
         super().__init__()
         check_choice("on_error", on_error, get_args(OnError))
@@ -147,6 +151,7 @@ class InfluenceCallback(Callback):
             index_fn=index_fn,
             index_key=index_key,
             num_examples=num_examples,
+            background=background,
         )
         self.on_error = on_error
         self._id = uuid.uuid4().hex[:12]  # of this callback and its copies in other processes

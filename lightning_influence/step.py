@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import LayerError, RowIndexError
-from lightning_influence.gradients import FactoredGradient, LayerGradient, RowGradient
+from lightning_influence.gradients import FactoredGradient, LayerGradient, LentGradient, RowGradient
 from lightning_influence.layers import GradientCapture, TrackedLayer, UseShape
 from lightning_influence.losses import LossScale, LossTap, declared_scale
 
@@ -34,6 +34,29 @@ class StepGradients:
 
     def __len__(self) -> int:
         return len(self.scale.losses)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradients."""
+        return sum(gradient.nbytes for gradient in self.gradients.values())
+
+    def taken(self) -> StepGradients:
+        """The same without lent gradients."""
+        gradients = {n: g.taken() if isinstance(g, LentGradient) else g for n, g in self.gradients.items()}
+        return StepGradients(gradients, self.scale)
+
+    def check_lent(self) -> None:
+        """After the last look at lent gradients.
+
+        Raises:
+            LayerError: naming a layer whose tensors were changed in place meanwhile.
+        """
+        for name, gradient in self.gradients.items():
+            if isinstance(gradient, LentGradient) and not gradient.is_intact:
+                raise LayerError(
+                    f"Layer {name!r}: its input or output gradient was changed in place after the backward, while "
+                    "it was recorded in the background; change a copy, or pass `background=False`."
+                )
 
     def with_zeros(self, layers: Mapping[str, TrackedLayer]) -> StepGradients:
         """The same for just these layers, in their order; those that the step did not use have zero gradients."""
@@ -187,11 +210,13 @@ class StepCapture:
         reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]] | None = None,
         names: Collection[str] | None = None,
         kept: Tensor | None = None,
+        foreign: Iterable[Tensor] | None = None,
     ) -> StepGradients:
         """Gradients of the backwards since the last call, of the layers that they reached; else as `gradients`.
 
         With `reduce`, even an empty one, an example that is not finite in one of these layers is NaN in all, so
-        that it enters no layer's sums.
+        that it enters no layer's sums. With `foreign`, which are tensors that live on, gradients of whole
+        batches are lent: nothing is computed yet, and only what shares memory with these is copied.
         """
         names = self.layers.keys() if names is None else names
         raw = self._hooks.gradients(names)
@@ -207,11 +232,17 @@ class StepCapture:
         nearest = self.layers.get(self._hooks.nearest_to_loss)
         if nearest is not None and nearest.batch_dim != 0:
             scale = scale.of_positions_first()
+        gradients: dict[str, LayerGradient] = {}
+        if foreign is not None and kept is None:
+            outside = self._hooks.outside() | {tensor.untyped_storage().data_ptr() for tensor in foreign}
+            gradients.update({name: LentGradient.of(g, scale.factor, outside) for name, g in raw.items()})
+            self.forget_reached()
+            return StepGradients(gradients, scale)
         factor, finite = scale.factor, None
         if reduce is not None:
             factor, finite = _jointly_finite(raw.values(), factor)
             finite = finite if kept is None else finite[kept.to(finite.device)]
-        gradients, shared, reduce = {}, self._hooks.storages(), reduce or {}
+        shared, reduce = self._hooks.storages(), reduce or {}
         for name in raw:
             own = frozenset() if name in reduce else shared
             gradient = raw[name].rescaled(factor, own)

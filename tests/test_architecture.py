@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower floors only, and from its own folder.
 FLOORS = [
     {"errors", "gradients"},
-    {"processes"},
+    {"processes", "background"},
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
     {"step", "scoring", "stored_rows", "attachment", "segments", "penalties"},

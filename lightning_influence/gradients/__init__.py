@@ -6,6 +6,7 @@ from lightning_influence.gradients.dense import Coordinates, DenseGradient
 from lightning_influence.gradients.encoded import EncodedGradient
 from lightning_influence.gradients.factored import BiasedGradient, FactoredGradient
 from lightning_influence.gradients.geometry import ConvGeometry
+from lightning_influence.gradients.lent import LentGradient
 from lightning_influence.gradients.rows import RowGradient
 from lightning_influence.gradients.summed import SummedGradient, add_calls, concatenate
 
@@ -19,6 +20,7 @@ __all__ = [
     "EncodedGradient",
     "FactoredGradient",
     "LayerGradient",
+    "LentGradient",
     "RowGradient",
     "SummedGradient",
     "TransposedConvGradient",

@@ -60,6 +60,7 @@ class _Seen:
 
     def __init__(self, values: tuple[Any, ...]) -> None:
         self.values = tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
+        self.outside = [value for value in values if isinstance(value, Tensor) and not _is_computed(value)]
         self._versions = [value._version for value in self.values if isinstance(value, Tensor)]
 
     @property
@@ -165,6 +166,11 @@ class GradientCapture:
             for name in self.layers
             if self._records.get(name)
         }
+
+    def outside(self) -> set[int]:
+        """Addresses of inputs that the step has not computed itself: batches, buffers, what a model remembers."""
+        seen = [record.seen for records in self._records.values() for record in records]
+        return {value.untyped_storage().data_ptr() for own in seen for value in own.outside}
 
     def storages(self) -> set[int]:
         """Addresses of the model's own tensors that the records refer to."""
@@ -298,6 +304,11 @@ class GradientCapture:
         hooked.register_hook(hook)
         if self.keeps_edges:
             self.edges.append(get_gradient_edge(hooked))
+
+
+def _is_computed(value: Tensor) -> bool:
+    """Whether training has made the tensor for this step, in memory of its own."""
+    return value.requires_grad and not (value if value._base is None else value._base).is_leaf
 
 
 def _remembered(source: Source, layer_input: Tensor) -> Any:

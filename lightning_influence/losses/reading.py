@@ -70,7 +70,7 @@ def read_call(call: LossCall, n: int) -> LossReading:
     if rule.has_classes and not target.is_floating_point():
         if reduction == "none":
             is_ignored = (target == arguments["ignore_index"]).reshape(n, -1).all(dim=1)
-        labels = target.reshape(n).long() if target.numel() == n else None
+        labels = target.reshape(n).to(torch.int64, copy=True) if target.numel() == n else None
     is_flattened = values.ndim > 0 and len(values) > n
     return LossReading(
         call.name, reduction, count, losses, constant, unreduced_constant, is_ignored, labels, is_flattened

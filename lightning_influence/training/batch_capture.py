@@ -19,12 +19,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_influence.background import Background, usable_threads
 from lightning_influence.errors import LayerError, RowIndexError, UnsupportedTrainingError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import UseShape
 from lightning_influence.processes import ALONE
 from lightning_influence.recorder import Recorder
 from lightning_influence.step import StepGradients
+from lightning_influence.training import report
 from lightning_influence.training.asking import copied
 from lightning_influence.training.indices import NO_ROW
 from lightning_influence.training.labels import LabelCapture
@@ -49,18 +51,20 @@ class Wanted:
         labels: what takes gradients under labels of the model's own, a pass at a time; None: they are not wanted,
             or to be kept.
         keeps_labels: whether the batch is to have them.
+        lends: whether gradients may refer to the model's own memory, as nothing is computed yet.
     """
 
     reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]]
     names: Collection[str] | None = None
     labels: Callable[[Mapping[str, LayerGradient]], None] | None = None
     keeps_labels: bool = False
+    lends: bool = False
 
     @classmethod
-    def of_rows(cls, recorder: Recorder) -> Wanted:
+    def of_rows(cls, recorder: Recorder, *, lends: bool) -> Wanted:
         """Of a batch whose rows are recorded."""
         reduce = {name: partial(recorder.reduce, name) for name in recorder.reduced_layers}
-        return cls(reduce, labels=recorder.label_sink)
+        return cls(reduce, labels=recorder.label_sink, lends=lends)
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,21 @@ class BatchCapture:
         self._rows: np.ndarray | None = None
         self._loss: Tensor
         self._labels = LabelCapture(trainer, model, options)
+        self._background: Background | None = None
+        self._is_divided = False  # whether it is known who makes rows
         self._forget()
         self.track()
+
+    @property
+    def background(self) -> Background | None:
+        """What records while training goes on; None where there is no core for it, or nothing to gain."""
+        is_wanted = self._options.merges and self._options.background
+        if not self._is_divided and is_wanted and self.trainer.strategy.root_device.type == "cpu":
+            has_core = usable_threads(self.trainer.world_size) > 1
+            self._background = Background() if has_core else None
+            report.say_who_makes_rows(has_core)
+        self._is_divided = True
+        return self._background
 
     def track(self) -> None:
         """Start over with the layers that are trainable now."""
@@ -254,6 +271,9 @@ class BatchCapture:
         self.disarm()
         self._forget()
         self.first_batch = None
+        if self._background is not None:
+            self._background.close()
+            self._background = None
         self.tracking.capture.clear()
 
     @property
@@ -292,9 +312,14 @@ class BatchCapture:
             reduce=wanted.reduce,
             names=wanted.names,
             kept=None if kept.all() else torch.from_numpy(kept),
+            foreign=self._grads() if wanted.lends else None,
         )
         self._leave_out([n for n in part.gradients if any(n in other.gradients for other in self._parts)])
         self._parts.append(part)
+
+    def _grads(self) -> list[Tensor]:
+        """What optimizers will change."""
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def _find_lost(self) -> None:
         """Layers whose gradients were set to zero before an optimizer applied them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_influence.functional.weights import weights_hash
 from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.training import report
-from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch
+from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.fisher_report import LabelCost, fisher_attributes, fisher_document, report_labels
 from lightning_influence.training.index_layout import DatasetRange
 from lightning_influence.training.indices import NO_ROW
@@ -50,7 +51,7 @@ class EpochCapture:
         self.recorder: Recorder | None = None
         trainer, model, layers = captured.trainer, captured.model, captured.tracking.layers
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
-        self._time = captured.time
+        self._time, self._background = captured.time, captured.background
         self._scales: list[Tensor] = []  # of steps, how an example's own loss is to its part in the trained one
         self._backpropagated = 1.0
         self._staleness = StalenessProbe()
@@ -88,12 +89,49 @@ class EpochCapture:
             self.recorder.add_labels(gradients)
         scale = batch.step.scale.factor.detach() * (self._backpropagated / len(batch.rows))
         self._scales.append(scale if batch.has_one_scale else torch.full_like(scale, math.nan))
+        if not self._hands_over:
+            self._record(batch)
+        else:
+            assert self._background is not None
+            step = batch.step
+            self._background.submit(partial(self._record, batch), nbytes=step.nbytes, check=step.check_lent)
+
+    def _record(self, batch: CapturedBatch) -> None:
+        assert self.recorder is not None
         self.recorder.update(
-            batch.step, batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
+            batch.step.taken(), batch.rows, step_index=batch.step_index, learning_rate=batch.learning_rate
         )
+
+    @property
+    def is_in_background(self) -> bool:
+        """Whether most batches are recorded by another thread."""
+        return self._background is not None
+
+    @property
+    def _hands_over(self) -> bool:
+        """Whether this batch is: what processes do together they do here."""
+        if self._background is None or self.recorder is None:
+            return False
+        return self._processes.is_alone or not self.recorder.needs_layout
+
+    def wanted(self) -> Wanted:
+        """Of the batch that is being captured."""
+        assert self.recorder is not None
+        return Wanted.of_rows(self.recorder, lends=self._hands_over)
+
+    def settle(self) -> None:
+        """Wait until all batches are recorded; before anybody looks at the recorder."""
+        if self._background is not None:
+            self._background.drain()
+
+    def _abandon(self) -> None:
+        if self._background is not None:
+            self._background.abandon()
 
     def has_examples(self) -> bool:
         """Whether a batch had a backward in any process; all ask together, after the epoch's last batch."""
+        with self._processes.together():
+            self.settle()
         return sum(self._processes.total(0 if self.recorder is None else self.recorder.examples)) > 0
 
     def lay_out_if_ready(self, is_last: bool) -> None:
@@ -107,6 +145,7 @@ class EpochCapture:
 
     def state(self) -> dict[str, Any] | None:
         """What `resume` needs; None if there are no rows to go on with."""
+        self.settle()
         recorded = None if self.recorder is None else self.recorder.state()
         if recorded is None:
             return None
@@ -130,6 +169,7 @@ class EpochCapture:
 
     def suspend(self) -> None:
         """Leave the unfinished file for a resumed run."""
+        self._abandon()
         if self.recorder is not None:
             self.recorder.suspend()
 
@@ -205,6 +245,7 @@ class EpochCapture:
 
     def discard(self) -> None:
         """Leave no unfinished file; may be called more than once."""
+        self._abandon()
         if self.recorder is not None:
             self.recorder.discard()
 

@@ -59,17 +59,18 @@ class TrajectoryCapture:
         """Those that wait to be merged."""
         return [] if self._trajectory is None else [epoch.epoch for epoch in self._trajectory.epochs]
 
-    def recorder(self, plans: Mapping[str, LayerPlan], epoch: int, *, num_examples: int) -> Recorder:
+    def recorder(self, plans: Mapping[str, LayerPlan], capture: EpochCapture, *, num_examples: int) -> Recorder:
         """Of the epoch that begins.
 
         Args:
             plans: how layers are stored until they are merged.
-            epoch: its number.
+            capture: of it.
             num_examples: length of the dataset.
 
         Raises:
             CaptureError: if the disk has no room for all of them, or the dataset has another length than before.
         """
+        epoch = capture.epoch
         if self._trajectory is None:
             self._trajectory = Trajectory(self._processes)
             self._check_room(plans, num_examples)
@@ -88,7 +89,7 @@ class TrajectoryCapture:
             plans,
             covariance_positions=self._options.covariance_positions,
             covariance_stride=max(1, min(COVARIANCE_STRIDE, stride)),
-            at_once=True,
+            at_once=not capture.is_in_background,
             processes=self._processes,
         )
 

@@ -44,6 +44,7 @@ class CaptureOptions:
     index_fn: IndexFn | None = None
     index_key: str | int | None = None
     num_examples: int | None = None
+    background: bool = True
 
     def __post_init__(self) -> None:
         check_choice("codec", self.codec, get_args(CodecName))

@@ -67,7 +67,7 @@ class Outcome:
     def recorder(
         self,
         plans: Mapping[str, LayerPlan],
-        epoch: int,
+        capture: EpochCapture,
         num_examples: int | None,
         bases: Mapping[str, Eigenbasis],
     ) -> Recorder:
@@ -75,14 +75,15 @@ class Outcome:
 
         Args:
             plans: how layers are stored.
-            epoch: its number.
+            capture: of it.
             num_examples: length of the dataset.
             bases: from the epoch before.
         """
         assert num_examples is not None
         options = self._options
         if options.merges:
-            return self.trajectory.recorder(plans, epoch, num_examples=num_examples)
+            return self.trajectory.recorder(plans, capture, num_examples=num_examples)
+        epoch = capture.epoch
         is_left = self._is_resumed and is_file_of(self._path, self._store_id)
         has_file = self.finished_epoch is not None or is_left
         writer = StoreWriter(

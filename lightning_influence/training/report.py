@@ -50,6 +50,16 @@ def announce(
         rank_zero_warn(f"InfluenceCallback: {coverage}")
 
 
+def say_who_makes_rows(has_core: bool) -> None:
+    """Of epochs that are merged, on a CPU."""
+    rank_zero_info(
+        "InfluenceCallback: a second thread makes the rows while training goes on"
+        if has_core
+        else "InfluenceCallback: rows are made between the steps of training, as torch has more threads than half of "
+        "the cores; with fewer (`torch.set_num_threads`) a second thread would make them meanwhile"
+    )
+
+
 def report_file(
     trainer: Trainer,
     path: Path,

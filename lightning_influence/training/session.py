@@ -299,9 +299,8 @@ class CaptureSession:
 
     def _wanted(self) -> Wanted:
         """Of the batch that is being captured."""
-        recorder = self._capture.recorder if self._capture is not None else None
-        if recorder is not None:
-            return Wanted.of_rows(recorder)
+        if self._capture is not None and self._capture.recorder is not None:
+            return self._capture.wanted()
         first = Wanted({}, keeps_labels=self._records_rows or self._is_for_bases)
         return self._bases.wanted(self._plans) if self._prepares_bases else first
 
@@ -333,7 +332,7 @@ class CaptureSession:
                 self._normalizations = report.normalizations_over_the_batch(self.model)
                 report.warn_of_coupling(self._normalizations)
             examples, bases = self._indices.num_examples, self._bases.bases
-            capture.recorder = self._outcome.recorder(self._plans, capture.epoch, examples, bases)
+            capture.recorder = self._outcome.recorder(self._plans, capture, examples, bases)
         if self._resumption.is_within_epoch:
             capture.resume(self._resumption.take_capture(capture.epoch, self.path.parent, self.processes))
             with self.processes.together():

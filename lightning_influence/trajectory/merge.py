@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_influence.background import side_by_side
 from lightning_influence.codecs import DenseCodec, EigenCodec, allocate
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.errors import CaptureError
@@ -130,8 +131,12 @@ class Trajectory:
         examples = Examples(self.epochs, writer.num_examples)
         weights = self._weights()
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
-        bases = {name: self._basis(name) for name in weights}
-        Lambdas = {name: self._mean_squares(name, bases[name], sample, examples, weights[name]) for name in bases}
+        bases = dict(zip(weights, side_by_side(self._basis, weights), strict=True))
+
+        def mean_squares(name: str) -> Tensor:
+            return self._mean_squares(name, bases[name], sample, examples, weights[name])
+
+        Lambdas = dict(zip(bases, side_by_side(mean_squares, bases), strict=True))
         if error_budget is not None and len(sample) < LEAST_EXAMPLES:
             bytes_per_example = bytes_untried(len(sample), bytes_per_example)
         elif error_budget is not None:
@@ -144,16 +149,20 @@ class Trajectory:
         codecs = {name: EigenCodec.of(basis, chosen[name]) for name, basis in bases.items()}
         layers = {name: ScoredLayer(bases[name], Lambdas[name], codec) for name, codec in codecs.items()}
         writer.create({name: specs(codec) for name, codec in codecs.items()})
-        for rows in examples.chunks(min(self._chunk_examples(name) for name in weights)):
+
+        def encoded(rows: np.ndarray) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
             arrays = {
                 name: codec.encode(self._summed(name, rows, examples, weights[name]))
                 for name, codec in codecs.items()
             }
-            writer.write_rows(
-                rows,
-                columns=examples.columns(rows),
-                arrays={name: {key: a.numpy() for key, a in named.items()} for name, named in arrays.items()},
-            )
+            return rows, {name: {key: a.numpy() for key, a in named.items()} for name, named in arrays.items()}
+
+        for codec in codecs.values():
+            _ = codec.selection  # made once, before threads ask for it
+        for rows, arrays in side_by_side(
+            encoded, examples.chunks(min(self._chunk_examples(name) for name in weights))
+        ):
+            writer.write_rows(rows, columns=examples.columns(rows), arrays=arrays)
         examples.write_invalid(writer)
         agreement = self._agreement(layers, sample[:SAMPLED_EXAMPLES], examples, weights)
         return Merged(layers, examples.counts(), agreement)

@@ -1,0 +1,79 @@
+"""Gradients as they were back-propagated, in the model's own memory, to be made into rows a little later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_influence.gradients.base import LayerGradient
+
+
+@dataclass(frozen=True)
+class LentGradient(LayerGradient):
+    """Gradients of which nothing was computed yet; only to be taken back.
+
+    Args:
+        raw: as back-propagated; its tensors may be the model's own.
+        factor: what they are to be multiplied with, shape [] or [n].
+        versions: of the tensors, which grow with every change in place.
+    """
+
+    raw: LayerGradient
+    factor: Tensor
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, raw: LayerGradient, factor: Tensor, outside: Set[int]) -> LentGradient:
+        """Refer to what training has computed for this step, and copy what lives on after it.
+
+        Args:
+            raw: as back-propagated.
+            factor: to multiply with.
+            outside: addresses of storages that are to be copied.
+        """
+        tensors = raw.tensors
+        if any(_address(tensor) in outside for tensor in tensors):
+            raw = raw.with_tensors([t.clone() if _address(t) in outside else t for t in tensors])
+        return cls(raw, factor, tuple(tensor._version for tensor in raw.tensors))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nothing was changed in place since; autograd trusts the same numbers."""
+        return self.versions == tuple(tensor._version for tensor in self.raw.tensors)
+
+    def taken(self) -> LayerGradient:
+        """The gradients themselves, float32; they may still refer to the model's memory."""
+        return self.raw.rescaled(self.factor, frozenset())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        return self.raw.shape
+
+    @property
+    def positions(self) -> int:
+        """Number of shared positions s."""
+        return self.raw.positions
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As back-propagated."""
+        return self.raw.tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> LayerGradient:
+        """Never."""
+        raise TypeError("Lent gradients can only be taken.")
+
+    def dense(self) -> Tensor:
+        """Never."""
+        raise TypeError("Lent gradients can only be taken.")
+
+    def projections(self, U: Tensor, V: Tensor) -> Tensor:
+        """Never."""
+        raise TypeError("Lent gradients can only be taken.")
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.errors import LayerError
 from lightning_influence.gradients import LayerGradient, add_calls
-from lightning_influence.layers.base import LayerCall
+from lightning_influence.layers.base import LayerAdapter, LayerCall
 from lightning_influence.layers.linear import LinearAdapter
 from lightning_influence.layers.tracked import LinearUse, Source, TrackedLayer
 from lightning_influence.layers.uses import WeightUses
@@ -312,6 +312,8 @@ def _is_computed(value: Tensor) -> bool:
 
 
 def _remembered(source: Source, layer_input: Tensor) -> Any:
+    if type(source.adapter).remember is LayerAdapter.remember:  # nothing, as nearly all do
+        return None
     try:
         with torch.no_grad():
             return source.adapter.remember(source.module, layer_input)

@@ -147,10 +147,10 @@ class TrackedLayer:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the matrix is of, by their names in the module; not always all of each."""
-        found = {"weight": self.module.get_parameter(self.adapter.weight_name)}
+        found = {"weight": _parameter(self.module, self.adapter.weight_name)}
         if self.has_bias:
             owner = self.bias_owner
-            found["bias"] = owner.module.get_parameter(owner.adapter.bias_name)
+            found["bias"] = _parameter(owner.module, owner.adapter.bias_name)
         return found
 
     def matrix(self, values: Mapping[str, Tensor | None]) -> Tensor:
@@ -208,6 +208,12 @@ class TrackedLayer:
         if not self.has_bias:
             return gradient
         return gradient.with_ones() if use.has_bias else _without_bias(gradient)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """By its name, which may lead into submodules; asked for at every call of a layer, where torch's way is slow."""
+    found = module._parameters.get(name)
+    return module.get_parameter(name) if found is None else found
 
 
 def _without_bias(gradient: LayerGradient) -> LayerGradient:

@@ -62,8 +62,8 @@ def _sum_of_class_weights(arguments: Arguments, values: Tensor) -> float:
     target, weight = arguments["target"], arguments["weight"]
     if target.is_floating_point():  # class probabilities: torch divides by the positions alone
         return float(values.numel())
-    kept = target[target != arguments["ignore_index"]]
-    return float(kept.numel()) if weight is None else float(weight[kept].sum())
+    is_kept = target != arguments["ignore_index"]
+    return float(is_kept.sum()) if weight is None else float(weight[target[is_kept]].sum())
 
 
 CLASSES = LossRule(_sum_of_class_weights, has_classes=True)

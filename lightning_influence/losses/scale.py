@@ -133,10 +133,9 @@ def scale_of_calls(calls: list[LossCall], n: int) -> LossScale:
     if first.is_ignored is not None:
         factor = factor.where((first.constant != 0) | ~first.is_ignored, 0)
     sign = first.constant.sign()
-    losses = sum(
-        (sign * weight * reading.losses for reading, weight in zip(readings, weights, strict=True)),
-        start=torch.zeros(n, dtype=dtype, device=factor.device),
-    )
+    losses = first.losses * sign  # its own weight is 1
+    for reading, weight in zip(readings[1:], weights[1:], strict=True):
+        losses = losses + sign * weight * reading.losses
     if first.reduction == "none":
         losses = losses.where(factor.isfinite(), math.nan)
     is_flattened = any(reading.is_flattened for reading in readings)

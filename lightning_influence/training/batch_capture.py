@@ -41,6 +41,9 @@ from lightning_influence.training.surroundings import (
 from lightning_influence.training.tracking import LayerTracking
 
 
+NO_LOSS = torch.zeros(())
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What is wanted of a batch's gradients.
@@ -145,6 +148,7 @@ class BatchCapture:
         """Start over with the layers that are trainable now."""
         self.tracking = LayerTracking(self.model, self._options.layers, self._options.loss)
         self._is_settled = False
+        self._parameters = list(self.model.parameters())
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -283,7 +287,7 @@ class BatchCapture:
     def _forget(self) -> None:
         self._backwards = 0
         self._is_averaged = False
-        self._loss = torch.zeros(())  # of the backwards that are compared as a whole
+        self._loss = NO_LOSS  # of the backwards that are compared as a whole
         self._parts: list[StepGradients] = []
         self._shapes: dict[str, list[UseShape]] = {}
 
@@ -319,7 +323,7 @@ class BatchCapture:
 
     def _grads(self) -> list[Tensor]:
         """What optimizers will change."""
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _find_lost(self) -> None:
         """Layers whose gradients were set to zero before an optimizer applied them."""

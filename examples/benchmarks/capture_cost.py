@@ -12,7 +12,9 @@ the eigen codec; epochs in which the callback does nothing; and the whole run ov
 A plain epoch is the median of one fit's epochs but the first; it is that of the plain fit beside the captured
 one. Everything is on one thread and in memory, without workers, validation, loggers, checkpoints or progress
 bar. `fastest` divides the shortest epochs of all fits: on a busy machine it says more than the median. Where
-wall clock and processor time differ, others had the processor or the disk was waited for.
+wall clock and processor time differ, others had the processor or the disk was waited for. With
+`--captured every` a second thread makes the rows, where there is a core for it (`--foreground`: never):
+`processor` counts both threads, `thread` the one that trains.
 
 `--profile` shows where the time of one captured epoch goes instead: first by functions of the package (each
 with torch's calls that it makes itself), then by torch's operators.
@@ -177,23 +179,24 @@ def make_workload(name: str, batch_size: int | None) -> Workload:
 
 @dataclass(frozen=True)
 class Moment:
-    """Wall clock and this process's processor time, in seconds."""
+    """Wall clock, and processor time of this process and of its training thread alone, in seconds."""
 
-    wall: float
-    processor: float
+    wall: float = 0.0
+    processor: float = 0.0
+    thread: float = 0.0
 
     @classmethod
     def now(cls) -> Moment:
-        return cls(time.perf_counter(), time.process_time())
+        return cls(time.perf_counter(), time.process_time(), time.thread_time())
 
     def __sub__(self, other: Moment) -> Moment:
-        return Moment(self.wall - other.wall, self.processor - other.processor)
+        return Moment(self.wall - other.wall, self.processor - other.processor, self.thread - other.thread)
 
     def __add__(self, other: Moment) -> Moment:
-        return Moment(self.wall + other.wall, self.processor + other.processor)
+        return Moment(self.wall + other.wall, self.processor + other.processor, self.thread + other.thread)
 
 
-ZERO = Moment(0.0, 0.0)
+ZERO = Moment()
 
 
 @dataclass
@@ -216,6 +219,7 @@ class Fit:
         return Moment(
             statistics.median(epoch.wall for epoch in self.epochs[1:]),
             statistics.median(epoch.processor for epoch in self.epochs[1:]),
+            statistics.median(epoch.thread for epoch in self.epochs[1:]),
         )
 
     @property
@@ -330,7 +334,8 @@ def make_callback() -> InfluenceCallback:
         "covariance_positions": args.covariance_positions,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    return InfluenceCallback(f"{workdir}/influence.h5", on_error="raise", **chosen)
+    background = not args.foreground
+    return InfluenceCallback(f"{workdir}/influence.h5", on_error="raise", background=background, **chosen)
 
 
 # %%
@@ -363,28 +368,32 @@ def print_ratios(workload: Workload, pairs: Sequence[tuple[Fit, Fit]]) -> None:
             "epochs that it sits out": lambda fit: fit.epochs[1:-2],
         }
     plain = [epoch for fit, _ in pairs for epoch in fit.epochs[1:]]
-    print(f"{'over a plain epoch':26}{'median':>8}  {'min .. max':14}{'fastest':>9}{'processor':>11}")
+    columns = f"{'median':>8}  {'min .. max':14}{'fastest':>9}{'processor':>11}{'thread':>8}"
+    print(f"{'over a plain epoch':26}{columns}")
     for name, epochs_of in rows.items():
-        ratios, processor = [], []
+        ratios, processor, thread = [], [], []
         for one, other in pairs:
             epochs = epochs_of(other)
             ratios.append(statistics.median(e.wall for e in epochs) / one.plain_epoch.wall)
             processor.append(statistics.median(e.processor for e in epochs) / one.plain_epoch.processor)
+            thread.append(statistics.median(e.thread for e in epochs) / one.plain_epoch.thread)
         captured = [epoch for _, fit in pairs for epoch in epochs_of(fit)]
         fastest = min(e.wall for e in captured) / min(e.wall for e in plain)
-        is_target = name == "captured epoch"
-        print(row(name, ratios, fastest, processor) + (f"   target {workload.target}" if is_target else ""))
+        target = f"   target {workload.target}" if name == "captured epoch" else ""
+        print(row(name, ratios, fastest, processor, thread) + target)
     ratios = [captured.whole.wall / fit.whole.wall for fit, captured in pairs]
     processor = [captured.whole.processor / fit.whole.processor for fit, captured in pairs]
+    thread = [captured.whole.thread / fit.whole.thread for fit, captured in pairs]
     fastest = min(captured.whole.wall for _, captured in pairs) / min(fit.whole.wall for fit, _ in pairs)
     target = {"last": "   target 1.1", "every": "   target 1.25"}.get(args.captured, "")
-    print(row(f"run of {args.epochs} over a plain run", ratios, fastest, processor) + target)
+    print(row(f"run of {args.epochs} over a plain run", ratios, fastest, processor, thread) + target)
 
 
-def row(name: str, ratios: list[float], fastest: float, processor: list[float]) -> str:
+def row(name: str, ratios: list[float], fastest: float, processor: list[float], thread: list[float]) -> str:
     spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
     median = statistics.median(ratios)
-    return f"{name:26}{median:8.2f}  {spread:14}{fastest:9.2f}{statistics.median(processor):11.2f}"
+    times = f"{statistics.median(processor):11.2f}{statistics.median(thread):8.2f}"
+    return f"{name:26}{median:8.2f}  {spread:14}{fastest:9.2f}{times}"
 
 
 def print_milliseconds(workload: Workload, pairs: Sequence[tuple[Fit, Fit]]) -> None:
@@ -533,6 +542,7 @@ if __name__ == "__main__":
     parser.add_argument("--fisher-samples", type=int)
     parser.add_argument("--bytes-per-example", type=int)
     parser.add_argument("--covariance-positions", type=int)
+    parser.add_argument("--foreground", action="store_true", help="no second thread")
     parser.add_argument("--profile", action="store_true", help="where the time of one captured epoch goes")
     parser.add_argument("--top", type=int, default=25, help="lines of a profile")
     args = parser.parse_args()

@@ -211,7 +211,7 @@ class TrackedLayer:
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """By its name, which may lead into submodules; asked for at every call of a layer, where torch's way is slow."""
+    """By its name, which may lead into submodules; torch's own way is slow for what each call of a layer asks."""
     found = module._parameters.get(name)
     return module.get_parameter(name) if found is None else found
 

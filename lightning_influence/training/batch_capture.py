@@ -40,7 +40,6 @@ from lightning_influence.training.surroundings import (
 )
 from lightning_influence.training.tracking import LayerTracking
 
-
 NO_LOSS = torch.zeros(())
 
 

@@ -55,8 +55,8 @@ def say_who_makes_rows(has_core: bool) -> None:
     rank_zero_info(
         "InfluenceCallback: a second thread makes the rows while training goes on"
         if has_core
-        else "InfluenceCallback: rows are made between the steps of training, as torch has more threads than half of "
-        "the cores; with fewer (`torch.set_num_threads`) a second thread would make them meanwhile"
+        else "InfluenceCallback: rows are made between the steps of training, as torch has a thread for more than "
+        "half of the cores; with fewer (`torch.set_num_threads`) a second thread would make them meanwhile"
     )
 
 

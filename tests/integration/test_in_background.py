@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,9 @@ class Noisy(Decaying):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(FEATURES, 5), nn.ReLU(inplace=True), nn.Linear(5, 2), nn.Dropout(0.3))
+        self.layers = nn.Sequential(
+            nn.Linear(FEATURES, 5), nn.ReLU(inplace=True), nn.Linear(5, 2), nn.Dropout(0.3)
+        )
 
 
 class Shifted(Decaying):

@@ -7,6 +7,7 @@ from lightning_influence.metrics.linear_datamodeling import (
     LinearDatamodelingScore,
     bootstrap_rank_correlations,
     linear_datamodeling_score,
+    split_half_reliability,
     subset_predictions,
 )
 from lightning_influence.metrics.ranks import average_ranks, rank_correlations, row_correlations
@@ -47,5 +48,6 @@ __all__ = [
     "rank_stability",
     "recall_at_k",
     "row_correlations",
+    "split_half_reliability",
     "subset_predictions",
 ]

@@ -14,6 +14,7 @@ their differences are paired.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,6 +100,36 @@ def bootstrap_rank_correlations(
             found = rank_correlations(predicted[..., subsets], truth)
             drawn[method, draw] = found[..., queries].nanmean()
     return drawn
+
+
+def split_half_reliability(outputs: Tensor) -> float:
+    """How well outputs, averaged over seeds, would agree with a second set of as many seeds, as ranks.
+
+    The rank correlation of the means over two halves of the seeds, averaged over queries and all ways to halve
+    them, for the full number of seeds by the formula of Spearman and Brown, k r / (1 + (k - 1) r) with k the
+    ratio of the numbers of seeds. The best that a prediction can score is about its square root.
+
+    Args:
+        outputs: shape [m, seeds, q].
+
+    Returns:
+        At most 1; NaN of one seed.
+
+    Example:
+        >>> outputs = torch.randn(20, 1, 4, generator=torch.Generator().manual_seed(0)).expand(20, 4, 4)
+        >>> round(split_half_reliability(outputs), 6)
+        1.0
+    """
+    seeds = outputs.shape[1]
+    if seeds < 2:
+        return float("nan")
+    half, found = seeds // 2, []
+    for part in itertools.combinations(range(seeds), half):
+        other = sorted(set(range(seeds)) - set(part))[:half]
+        one, two = (outputs[:, list(chosen)].double().mean(1).T for chosen in (part, other))
+        found.append(rank_correlations(one, two).nanmean())
+    r, longer = float(torch.stack(found).mean()), seeds / half
+    return longer * r / (1 + (longer - 1) * r)
 
 
 class LinearDatamodelingScore(Metric):

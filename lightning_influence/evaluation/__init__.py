@@ -1,0 +1,6 @@
+"""Do the scores tell the truth? Retraining, and what can be compared with it."""
+
+from lightning_influence.evaluation.retraining import Retraining, random_subsets, retrain_subsets
+from lightning_influence.evaluation.retraining_recipe import Recipe
+
+__all__ = ["Recipe", "Retraining", "random_subsets", "retrain_subsets"]

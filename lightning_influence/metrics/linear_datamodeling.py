@@ -7,9 +7,11 @@ For a query q and subsets S_1 ... S_m of the training examples, drawn at random,
 with truth[j, q] the query's measurement after training on S_j, averaged over training seeds; the score is the mean
 of LDS_q over the queries (Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", arXiv:2303.14186).
 
-Both the queries and the subsets are samples, so the bootstrap draws both anew (Efron & Tibshirani 1993, "An
-Introduction to the Bootstrap"); it draws the same ones for all methods that are given to it together, so that
-their differences are paired.
+Both the queries and the subsets are samples, so the bootstrap draws both anew, the same ones for all methods that
+are given to it together, so that their differences are paired. Its error is right where queries, or subsets,
+differ as such, and up to sqrt(3) times too large where each pair of them has noise of its own: it errs on the
+safe side, as no exact bootstrap of two-way tables exists (Owen & Eckles 2012, "Bootstrapping data arrays of
+arbitrary order", doi:10.1214/12-AOAS547).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 A network of 6,570 parameters learns 1,000 of scikit-learn's digits. For the truth it is trained again on 100
 random halves of them, with 8 seeds each: that takes half a minute, since `retrain_subsets` trains many models at
-once, and is kept in `--cache`. Then each method scores all training images for 100 test images, for several models trained
-on everything (`--runs`), at several dampings, and gets its linear datamodeling score (Park et al. 2023,
-arXiv:2303.14186): the rank correlation over the halves between the sum of the scores of the images in a half and
-the test image's log-likelihood after training on it.
+once, and is kept in `--cache`. Then each method scores all training images for 100 test images, for several
+models trained on everything (`--runs`), at several dampings, and gets its linear datamodeling score (Park et al.
+2023, arXiv:2303.14186): the rank correlation over the halves between the sum of the scores of the images in a half
+and the test image's log-likelihood after training on it.
 
     python examples/benchmarks/lds_digits.py
     python examples/benchmarks/lds_digits.py --methods ours dot random        # without the extra `bench`

@@ -224,9 +224,7 @@ class _Trainer:
         recipe = self.train
         optimizer = recipe.optimizer(list(self.untrained.parameters()))
         schedule = None if recipe.scheduler is None else getattr(recipe.scheduler, "__qualname__", "a schedule")
-        said["recipe"] = (
-            f"{recipe.epochs} x {recipe.batch_size}, {recipe.max_steps} steps, {optimizer}, {schedule}"
-        )
+        said["recipe"] = f"{recipe.epochs} epochs, {recipe.batch_size} a batch, {optimizer}, {schedule}"
         digest = hashlib.sha256()
         for leaf in tree_leaves(self.data):
             digest.update(leaf.cpu().contiguous().numpy().tobytes())

@@ -38,7 +38,6 @@ class Recipe:
         batch_size: the last batch of an epoch may be smaller.
         scheduler: makes a schedule from the optimizer and the number of steps, stepped after each of them, such as
             `torch.optim.lr_scheduler.CosineAnnealingLR`; None for a constant learning rate.
-        max_steps: where training stops before its last epoch.
 
     Raises:
         ValueError: if `epochs` or `batch_size` is not positive.
@@ -49,24 +48,18 @@ class Recipe:
     epochs: int
     batch_size: int
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
-    max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
     def num_steps(self, num_examples: int) -> int:
         """Of a whole training."""
-        steps = self.epochs * math.ceil(num_examples / self.batch_size)
-        return steps if self.max_steps is None else min(steps, self.max_steps)
+        return self.epochs * math.ceil(num_examples / self.batch_size)
 
     def batches(self, chosen: Tensor, seed: int) -> Iterator[Tensor]:
         """Indices of each batch of a training on the chosen examples, a mask [N]."""
-        return itertools.islice(self._all_batches(chosen, seed), self.max_steps)
-
-    def _all_batches(self, chosen: Tensor, seed: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.epochs):
             order = torch.randperm(len(chosen), generator=generator)
@@ -116,14 +109,16 @@ def read_whole(dataset: Any, device: torch.device) -> Any:
     return tree_map(lambda tensor: tensor.to(device), whole)
 
 
-def train_alone(model: nn.Module, recipe: Recipe, data: Any, chosen: Tensor, seed: int) -> None:
-    """Train one model in place on the chosen examples, a mask [N]."""
+def train_alone(
+    model: nn.Module, recipe: Recipe, data: Any, chosen: Tensor, seed: int, *, max_steps: int | None = None
+) -> None:
+    """Train one model in place on the chosen examples, a mask [N]; `max_steps` breaks off early."""
     model.train()
-    optimizer = recipe.optimizer(parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = recipe.optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
     after_step = recipe.schedule(optimizer, int(chosen.sum()))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)  # of dropout and the like
-        for indices in recipe.batches(chosen, seed):
+        for indices in itertools.islice(recipe.batches(chosen, seed), max_steps):
             optimizer.zero_grad()
             recipe.loss(model, pick(data, indices.to(device_of(model)))).backward()
             optimizer.step()

@@ -9,8 +9,8 @@ Format: parameters and buffers by name, [models, ...]; batches by index, [models
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ ELEMENTWISE = (
     optim.Adagrad,
     optim.Adadelta,
 )
-PROBED_STEPS, TOLERANCE = 2, 1e-2
+PROBED_STEPS, TOLERANCE = 2, 1e-3
 
 
 class _Loss(nn.Module):
@@ -55,7 +55,13 @@ class _Loss(nn.Module):
 
 
 def train_stacked(
-    make_model: MakeModel, recipe: Recipe, data: Any, masks: Tensor, seeds: Sequence[int]
+    make_model: MakeModel,
+    recipe: Recipe,
+    data: Any,
+    masks: Tensor,
+    seeds: Sequence[int],
+    *,
+    max_steps: int | None = None,
 ) -> list[nn.Module]:
     """Train one model for each mask and seed, all with the same number of examples.
 
@@ -65,6 +71,7 @@ def train_stacked(
         data: the whole dataset as one batch.
         masks: which examples each is trained on, bool [models, N].
         seeds: of each.
+        max_steps: breaks off early.
 
     Returns:
         The trained models.
@@ -85,7 +92,8 @@ def train_stacked(
 
     device = device_of(models[0])
     with torch.enable_grad():
-        for rows in zip(*(recipe.batches(m, s) for m, s in zip(masks, seeds, strict=True)), strict=True):
+        steps = zip(*(recipe.batches(m, s) for m, s in zip(masks, seeds, strict=True)), strict=True)
+        for rows in itertools.islice(steps, max_steps):
             optimizer.zero_grad()
             batch = pick(data, torch.stack(rows).to(device))
             vmap(one)(parameters, buffers, batch).sum().backward()
@@ -105,17 +113,20 @@ def why_not_stacked(
     Two models are trained for a few steps in both ways, and must come out the same: a model may run under `vmap`
     and still not be itself there, such as one whose buffers change.
     """
-    optimizer = recipe.optimizer([nn.Parameter(torch.zeros(1))])
+    one = [parameter for parameter in seeded_model(make_model, 0).parameters() if parameter.requires_grad]
+    optimizer = recipe.optimizer(one)
     if type(optimizer) not in ELEMENTWISE:
         return f"{type(optimizer).__name__} is not known to update each number by itself"
-    short = replace(recipe, max_steps=PROBED_STEPS)
+    several = [parameter.detach()[None].requires_grad_() for parameter in one]
+    if _groups(optimizer, one) != _groups(recipe.optimizer(several), several):
+        return "the optimizer's groups depend on the parameters' shapes"
     try:
-        stacked = train_stacked(make_model, short, data, masks, seeds)
+        stacked = train_stacked(make_model, recipe, data, masks, seeds, max_steps=PROBED_STEPS)
     except Exception as error:  # whatever the model and its loss do under vmap
         return f"`vmap` refuses: {(str(error).splitlines() or [type(error).__name__])[0]}"
     for model, mask, seed in zip(stacked, masks, seeds, strict=True):
         alone, first = seeded_model(make_model, seed), seeded_model(make_model, seed)
-        train_alone(alone, short, data, mask, seed)
+        train_alone(alone, recipe, data, mask, seed, max_steps=PROBED_STEPS)
         for name, start in first.state_dict().items():
             moved = alone.state_dict()[name].double() - start.double()
             apart = model.state_dict()[name].double() - alone.state_dict()[name].double()
@@ -124,3 +135,9 @@ def why_not_stacked(
         if not torch.allclose(measured(model, measure), measured(alone, measure), rtol=TOLERANCE, atol=TOLERANCE):
             return "a model that is trained with others is measured otherwise than alone"
     return ""
+
+
+def _groups(optimizer: optim.Optimizer, parameters: Sequence[Tensor]) -> list[list[int]]:
+    """Which parameters are in each of the optimizer's groups."""
+    number = {id(parameter): n for n, parameter in enumerate(parameters)}
+    return [[number.get(id(parameter), -1) for parameter in group["params"]] for group in optimizer.param_groups]

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_influence.evaluation import Recipe, Retraining, random_subsets, retrain_subsets
@@ -61,6 +61,11 @@ def log_likelihoods(model: nn.Module) -> Tensor:
 
 class Mixing(SGD):
     """An optimizer of one's own."""
+
+
+def without_bias_decay(parameters: Any) -> SGD:
+    weights, biases = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
+    return SGD([{"params": weights, "weight_decay": 0.1}, {"params": biases}], lr=0.1)
 
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -128,6 +133,47 @@ def test_results_do_not_depend_on_how_many_are_trained_together(models_at_once: 
     torch.testing.assert_close(retrained(SUBSETS[3:5], seeds=[1]).outputs[:, 0], expected[3:5, 1])
 
 
+def test_parameter_groups_are_kept() -> None:
+    def in_groups(parameters: Any) -> SGD:  # by position
+        first, *others = parameters
+        return SGD([{"params": [first], "lr": 0.5}, {"params": others}], lr=0.01)
+
+    recipe = replace(RECIPE, optimizer=in_groups)
+    expected = torch.stack([by_definition(mlp, recipe, subset, 0) for subset in SUBSETS])
+    torch.testing.assert_close(retrained(train=recipe, seeds=1).outputs[:, 0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_schedule_may_need_its_number_of_steps(caplog: Any) -> None:
+    recipe = replace(
+        RECIPE, scheduler=lambda optimizer, steps: OneCycleLR(optimizer, 0.1, total_steps=steps, pct_start=0.3)
+    )
+    found = retrained(train=recipe, seeds=1)
+    assert not caplog.records
+    torch.testing.assert_close(
+        found.outputs[0, 0], by_definition(mlp, recipe, SUBSETS[0], 0), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_frozen_and_tied_parameters_stay_so(caplog: Any) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.last.weight = self.first.weight
+            self.first.bias.requires_grad_(False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.last(self.first(inputs).tanh())[:, :3]
+
+    def make_model() -> nn.Module:
+        return Tied().double()
+
+    found = retrained(make_model=make_model)
+    assert not caplog.records
+    alone = retrained(make_model=make_model, models_at_once=1)
+    torch.testing.assert_close(found.outputs, alone.outputs, rtol=1e-9, atol=1e-9)
+
+
 def test_the_same_call_gives_the_same_bits_and_leaves_random_numbers_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -142,12 +188,13 @@ def test_the_same_call_gives_the_same_bits_and_leaves_random_numbers_alone() -> 
         (with_dropout, "SGD", "`vmap` refuses"),
         (with_batch_norm, "SGD", "."),
         (mlp, "own", "Mixing is not known to update each number by itself"),
+        (mlp, "no decay of biases", "the optimizer's groups depend on the parameters' shapes"),
     ],
 )
 def test_what_cannot_be_trained_together_is_trained_one_by_one(
     make_model: Callable, optimizer: str, reason: str, caplog: Any
 ) -> None:
-    choices = {**OPTIMIZERS, "own": functools.partial(Mixing, lr=0.1)}
+    choices = {**OPTIMIZERS, "own": functools.partial(Mixing, lr=0.1), "no decay of biases": without_bias_decay}
     recipe = replace(RECIPE, optimizer=choices[optimizer])
     with caplog.at_level(logging.WARNING):
         found = retrained(make_model=make_model, train=recipe)

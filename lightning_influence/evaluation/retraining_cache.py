@@ -105,15 +105,23 @@ class RetrainingCache:
 
     def _refuse_others(self, path: Path, identity: dict[str, str], probe: np.ndarray) -> None:
         names = sorted({*identity, *self._identity})
-        other = [name for name in names if identity.get(name) != self._identity.get(name)]
+        other = [
+            f"{name} ({_short(identity.get(name))} in the file, {_short(self._identity.get(name))} asked for)"
+            for name in names
+            if identity.get(name) != self._identity.get(name)
+        ]
         if not other and (probe.shape != self._probe.shape or not np.allclose(probe, self._probe, 1e-3, 1e-3)):
             other = ["what untrained models say (the measure, its queries, the loss or the first weights)"]
         if other:
             raise ValueError(
-                f"`cache`: {path} holds retrainings of something else; these differ: {', '.join(other)}. "
+                f"`cache`: {path} holds retrainings of something else; these differ: {'; '.join(other)}. "
                 "Delete it, or pass another path."
             )
 
 
 def _key(mask: Tensor, seed: int) -> Key:
     return np.packbits(mask.numpy()).tobytes(), seed
+
+
+def _short(text: str | None) -> str:
+    return "none" if text is None else " ".join(text.split())[:80]

@@ -106,6 +106,16 @@ def test_the_class_adds_up_batches(name: str, count: int) -> None:
     assert metric.compute().tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_gives_the_batch_and_adds_it(name: str) -> None:
+    function, arguments, make, _ = CASES[name]
+    metric = make()
+    for batch in in_batches(name, 3):
+        expected = function(*batch).tolist()
+        assert metric(*batch).tolist() == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert metric.compute().tolist() == pytest.approx(function(*arguments).tolist(), abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["LDS", "leave one out", "leave k out", "recall", "MRR", "AUROC", "stability"])
 def test_only_the_order_of_scores_matters(name: str) -> None:
     function, (scores, *others), _, _ = CASES[name]

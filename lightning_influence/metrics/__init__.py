@@ -10,7 +10,12 @@ from lightning_influence.metrics.linear_datamodeling import (
     split_half_reliability,
     subset_predictions,
 )
-from lightning_influence.metrics.ranks import average_ranks, rank_correlations, row_correlations
+from lightning_influence.metrics.ranks import (
+    SortedRows,
+    average_ranks,
+    rank_correlations,
+    row_correlations,
+)
 from lightning_influence.metrics.removal import (
     LeaveKOutCorrelation,
     LeaveOneOutCorrelation,
@@ -34,6 +39,7 @@ __all__ = [
     "MislabelAUROC",
     "RankStability",
     "RecallAtK",
+    "SortedRows",
     "average_ranks",
     "bootstrap_rank_correlations",
     "brittleness",

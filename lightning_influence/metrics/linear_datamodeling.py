@@ -25,7 +25,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_influence.metrics.checks import check_groups, check_measured, check_scores
-from lightning_influence.metrics.ranks import rank_correlations
+from lightning_influence.metrics.ranks import SortedRows, rank_correlations, row_correlations
 
 
 def linear_datamodeling_score(scores: Tensor, subsets: Tensor, truth: Tensor) -> Tensor:
@@ -93,13 +93,14 @@ def bootstrap_rank_correlations(
     """
     generator = torch.Generator().manual_seed(seed)
     q, m = actual.shape
+    rows, truth = [SortedRows(predicted) for predicted in predictions], SortedRows(actual)
     drawn = torch.zeros(len(predictions), num_bootstraps, dtype=torch.float64)
     for draw in range(num_bootstraps):
-        subsets = torch.randint(m, (m,), generator=generator)
-        queries = torch.randint(q, (q,), generator=generator)
-        truth = actual[:, subsets]
-        for method, predicted in enumerate(predictions):
-            found = rank_correlations(predicted[..., subsets], truth)
+        subsets = torch.randint(m, (m,), generator=generator).bincount(minlength=m).to(actual.device)
+        queries = torch.randint(q, (q,), generator=generator).to(actual.device)
+        ranks = truth.ranks(subsets)
+        for method, predicted in enumerate(rows):
+            found = row_correlations(predicted.ranks(subsets), ranks, subsets)
             drawn[method, draw] = found[..., queries].nanmean()
     return drawn
 

@@ -150,6 +150,29 @@ def test_ranks_are_scipys() -> None:
     assert metrics.average_ranks(values).numpy() == pytest.approx(rankdata(values.numpy(), axis=-1))
 
 
+def test_counts_are_copies() -> None:
+    values, others = drawn(4, 9, seed=14).mul(2).round(), drawn(4, 9, seed=15)
+    counts = torch.tensor([2, 0, 1, 1, 3, 0, 0, 1, 1])
+    copies = torch.arange(9).repeat_interleave(counts)
+    found = metrics.SortedRows(values).ranks(counts)
+    torch.testing.assert_close(found[:, copies], metrics.average_ranks(values[:, copies]))
+    torch.testing.assert_close(
+        metrics.row_correlations(values, others, counts),
+        metrics.row_correlations(values[:, copies], others[:, copies]),
+    )
+
+
+def test_bootstrap_is_of_copies() -> None:
+    truth, predicted = drawn(Q, M, seed=16).round(), drawn(2, Q, M, seed=17)
+    found = metrics.bootstrap_rank_correlations([predicted], truth, num_bootstraps=5, seed=3)[0]
+    generator = torch.Generator().manual_seed(3)
+    for score in found:
+        subsets = torch.randint(M, (M,), generator=generator)
+        queries = torch.randint(Q, (Q,), generator=generator)
+        each = metrics.rank_correlations(predicted[..., subsets], truth[:, subsets])
+        assert float(score) == pytest.approx(float(each[:, queries].nanmean()), abs=EXACT)
+
+
 def test_rows_are_broadcast() -> None:
     many, one = drawn(3, 4, 9, seed=12), drawn(4, 9, seed=13)
     found = metrics.rank_correlations(many, one)

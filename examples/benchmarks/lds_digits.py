@@ -295,7 +295,8 @@ def report(truth: Retraining, predictions: dict[str, dict[str, Tensor]]) -> None
         )
         print(
             f"{method:44}{float(runs.mean()):8.3f} ± {float(drawn[key].std()):.3f}{key[1]:>9}  "
-            f"{float(runs.min()):.3f} .. {float(runs.max()):.3f} {gain:18}{at_default:9}{tried}"
+            f"{float(runs.min()):.3f} .. {float(runs.max()):.3f} {gain:18}{at_default:9}{tried}",
+            flush=True,
         )
 
 

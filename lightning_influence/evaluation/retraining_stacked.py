@@ -113,28 +113,33 @@ def why_not_stacked(
     Two models are trained for a few steps in both ways, and must come out the same: a model may run under `vmap`
     and still not be itself there, such as one whose buffers change.
     """
-    one = [parameter for parameter in seeded_model(make_model, 0).parameters() if parameter.requires_grad]
-    optimizer = recipe.optimizer(one)
+    single = [parameter for parameter in seeded_model(make_model, 0).parameters() if parameter.requires_grad]
+    optimizer = recipe.optimizer(single)
     if type(optimizer) not in ELEMENTWISE:
         return f"{type(optimizer).__name__} is not known to update each number by itself"
-    several = [parameter.detach()[None].requires_grad_() for parameter in one]
-    if _groups(optimizer, one) != _groups(recipe.optimizer(several), several):
+    several = [parameter.detach()[None].requires_grad_() for parameter in single]
+    if _groups(optimizer, single) != _groups(recipe.optimizer(several), several):
         return "the optimizer's groups depend on the parameters' shapes"
     try:
         stacked = train_stacked(make_model, recipe, data, masks, seeds, max_steps=PROBED_STEPS)
     except Exception as error:  # whatever the model and its loss do under vmap
         return f"`vmap` refuses: {(str(error).splitlines() or [type(error).__name__])[0]}"
     for model, mask, seed in zip(stacked, masks, seeds, strict=True):
-        alone, first = seeded_model(make_model, seed), seeded_model(make_model, seed)
+        alone, first = seeded_model(make_model, seed), _numbers(seeded_model(make_model, seed))
         train_alone(alone, recipe, data, mask, seed, max_steps=PROBED_STEPS)
-        for name, start in first.state_dict().items():
-            moved = alone.state_dict()[name].double() - start.double()
-            apart = model.state_dict()[name].double() - alone.state_dict()[name].double()
-            if float(apart.norm()) > TOLERANCE * float(moved.norm()):
+        for (name, one), other in zip(_numbers(model).items(), _numbers(alone).values(), strict=True):
+            moved = other - first[name]
+            if float((one - other).norm()) > TOLERANCE * float(moved.norm()):
                 return f"{name!r} moves otherwise than in a model that is trained alone"
         if not torch.allclose(measured(model, measure), measured(alone, measure), rtol=TOLERANCE, atol=TOLERANCE):
             return "a model that is trained with others is measured otherwise than alone"
     return ""
+
+
+def _numbers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().double().clone() for name, tensor in named}
 
 
 def _groups(optimizer: optim.Optimizer, parameters: Sequence[Tensor]) -> list[list[int]]:

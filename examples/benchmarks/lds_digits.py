@@ -14,7 +14,8 @@ and the test image's log-likelihood after training on it.
 Dampings are factors of the mean eigenvalue, of each layer's block (ours, kronfluence) or of the whole Gauss-Newton
 matrix (conjugate gradients). All are shown: the best is chosen with the truth at hand, for every method alike.
 Errors are bootstrap standard errors; queries and halves are drawn anew, the same ones for all methods, so
-differences are paired. Runs are not drawn; their range is shown. "advised" is `recommend_damping()`, which does
+differences are paired. Runs are not drawn; their range is shown, and, under "seeds", the rank correlation between
+the scores of two of them. "advised" is `recommend_damping()`, which does
 not see the truth. About four minutes on one core.
 
 With `--brittleness`, each method's top images of 30 test images are taken away, and the network is trained again
@@ -55,7 +56,12 @@ from lightning_influence.evaluation import (
     remove_top_k,
     retrain_subsets,
 )
-from lightning_influence.metrics import bootstrap_rank_correlations, rank_correlations, subset_predictions
+from lightning_influence.metrics import (
+    bootstrap_rank_correlations,
+    rank_correlations,
+    rank_stability,
+    subset_predictions,
+)
 from lightning_influence.solvers import ConjugateGradient, GaussNewtonOperator
 
 TRAIN, QUERIES, HALVES, SEEDS = 1000, 100, 100, 8
@@ -268,8 +274,12 @@ METHODS: dict[str, Method] = {
 # ---------
 
 
-def report(truth: Retraining, predictions: dict[str, dict[str, Tensor]]) -> None:
-    """Of predictions [runs, q, halves], by method and damping."""
+def report(truth: Retraining, scores: dict[str, Scores]) -> None:
+    """Of scores [runs, q, N], by method and damping."""
+    predictions = {
+        method: {damping: subset_predictions(values, truth.subsets) for damping, values in found.items()}
+        for method, found in scores.items()
+    }
     actual = truth.mean_outputs.T
     keys = [(method, damping) for method, found in predictions.items() for damping in found]
     values = [predictions[method][damping] for method, damping in keys]
@@ -280,7 +290,9 @@ def report(truth: Retraining, predictions: dict[str, dict[str, Tensor]]) -> None
     }
     against = (REFERENCE, best[REFERENCE]) if REFERENCE in best else None
 
-    print(f"\n{'':44}{'best':>16}{'at':>9}  {'runs':14}{'over kronfluence':18}{'default':9}all dampings: LDS")
+    print(
+        f"\n{'':44}{'best':>16}{'at':>9}  {'runs':14}{'over kronfluence':18}{'default':9}{'seeds':7}dampings: LDS"
+    )
     for method in sorted(best, key=lambda method: -float(by_run[method, best[method]].mean())):
         key = (method, best[method])
         runs = by_run[key]
@@ -290,12 +302,13 @@ def report(truth: Retraining, predictions: dict[str, dict[str, Tensor]]) -> None
             gain = f"{float(runs.mean() - by_run[against].mean()):+.3f} ± {error:.3f}"
         default = next((d for start, d in DEFAULTS.items() if method.startswith(start)), "")
         at_default = f"{float(by_run[method, default].mean()):.3f}" if default in predictions[method] else ""
+        stable = f"{float(rank_stability(scores[method][best[method]])):.2f}" if len(runs) > 1 else ""
         tried = ", ".join(
             f"{d}: {float(by_run[method, d].mean()):.3f}" for d in predictions[method] if d != "none"
         )
         print(
             f"{method:44}{float(runs.mean()):8.3f} ± {float(drawn[key].std()):.3f}{key[1]:>9}  "
-            f"{float(runs.min()):.3f} .. {float(runs.max()):.3f} {gain:18}{at_default:9}{tried}",
+            f"{float(runs.min()):.3f} .. {float(runs.max()):.3f} {gain:18}{at_default:9}{stable:7}{tried}",
             flush=True,
         )
 
@@ -342,20 +355,18 @@ def main() -> None:
     print(f"truth: {time.perf_counter() - begin:.0f} s; agrees with itself at {truth.reliability:.3f}, so that a")
     print(f"perfect prediction would score about {truth.reliability**0.5:.3f}", flush=True)
 
-    sums: dict[str, dict[str, list[Tensor]]] = {}
-    first: dict[str, Scores] = {}
+    scores: dict[str, dict[str, list[Tensor]]] = {}
     for method in args.methods:
         begin = time.perf_counter()
         for run in range(args.runs):
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                for name, scores in METHODS[method](train, queries, run, Path(folder)):
-                    first.setdefault(name, scores)
-                    for damping, values in scores.items():
-                        predicted = subset_predictions(values, truth.subsets)
-                        sums.setdefault(name, {}).setdefault(damping, []).append(predicted)
+                for name, found in METHODS[method](train, queries, run, Path(folder)):
+                    for damping, values in found.items():
+                        scores.setdefault(name, {}).setdefault(damping, []).append(values)
         print(f"{method}: {time.perf_counter() - begin:.0f} s", flush=True)
-    report(truth, {name: {d: torch.stack(v) for d, v in found.items()} for name, found in sums.items()})
+    report(truth, {name: {d: torch.stack(values) for d, values in of.items()} for name, of in scores.items()})
     if args.brittleness:
+        first = {name: {damping: values[0] for damping, values in of.items()} for name, of in scores.items()}
         report_brittleness(train, queries, first, args.cache)
 
 

@@ -4,9 +4,9 @@
     leave-k-out     predicted effect of removing a group  -(sum over n in the group of scores[q, n])
 
 against the measurement after training without them minus the measurement of training on all. For a query the
-correlation is over the removals; then the mean over queries. For neural networks, single examples hardly move
-anything beyond the noise of training, so that leave-one-out correlations are low for every method (Basu, Pope &
-Feizi 2020, "Influence functions in deep learning are fragile", arXiv:2006.14651); average effects over seeds.
+correlation is over the removals; then the mean over queries. For deep networks leave-one-out correlations are
+often low (Basu, Pope & Feizi 2020, "Influence functions in deep learning are fragile", arXiv:2006.14651); part of
+it is the noise of training, beside which one example does little: average over seeds, or remove groups.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def retrain_subsets(
         train: a `Recipe`, or `train(model, subset, seed)` that trains the model in place, such as by a Trainer.
         measure: `measure(model) -> [q]`, of the trained model in eval mode, such as queries' log-likelihoods.
         seeds: how many, or which.
-        cache: a file to keep what was measured. It is taken up where it stopped, and further subsets and seeds
-            are added to it.
+        cache: a file to keep what was measured, of one process at a time. It is taken up where it stopped, and
+            further subsets and seeds are added to it.
         models_at_once: how many are trained as one, at most.
         progress: whether to show a bar, if the terminal can.
 

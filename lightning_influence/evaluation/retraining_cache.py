@@ -2,7 +2,8 @@
 
 Format: an `.npz` without pickles; `identity`, a JSON object of strings that says what was trained; `probe`, what
 untrained models say; and one entry a model: `subsets` uint8 [r, ceil(N / 8)] (bits), `seeds` int64 [r], `outputs`
-[r, q]. It is replaced as a whole, so it is whole whenever the process ends.
+[r, q]. It is replaced as a whole, so it is whole whenever the process ends; of two that write at a time, the last
+one wins.
 
 Entries are found by their subset and seed, so more subsets and seeds can be asked for later. A file of another
 model, recipe, measure or data set is refused, as far as it can be told: by their descriptions, by the data, and by

@@ -15,7 +15,7 @@ Dampings are factors of the mean eigenvalue, of each layer's block (ours, kronfl
 matrix (conjugate gradients). All are shown: the best is chosen with the truth at hand, for every method alike.
 Errors are bootstrap standard errors; queries and halves are drawn anew, the same ones for all methods, so
 differences are paired. Runs are not drawn; their range is shown, and, under "seeds", the rank correlation between
-the scores of two of them. "advised" is `recommend_damping()`, which does
+the scores of two of them; under "mean", the score of their mean. "advised" is `recommend_damping()`, which does
 not see the truth. About four minutes on one core.
 
 With `--brittleness`, each method's top images of 30 test images are taken away, and the network is trained again
@@ -34,7 +34,7 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,43 +274,42 @@ METHODS: dict[str, Method] = {
 # ---------
 
 
+WIDTHS = (38, 15, 9, 16, 17, 9, 7, 7, 0)
+HEAD = ("", "best", "at", "runs", "over kronfluence", "default", "seeds", "mean", "dampings")
+
+
 def report(truth: Retraining, scores: dict[str, Scores]) -> None:
     """Of scores [runs, q, N], by method and damping."""
-    predictions = {
-        method: {damping: subset_predictions(values, truth.subsets) for damping, values in found.items()}
-        for method, found in scores.items()
-    }
     actual = truth.mean_outputs.T
-    keys = [(method, damping) for method, found in predictions.items() for damping in found]
-    values = [predictions[method][damping] for method, damping in keys]
-    drawn = dict(zip(keys, bootstrap_rank_correlations(values, actual), strict=True))
-    by_run = {key: rank_correlations(value, actual).nanmean(-1) for key, value in zip(keys, values, strict=True)}
-    best = {
-        method: max(found, key=lambda d: float(by_run[method, d].mean())) for method, found in predictions.items()
-    }
+    sums = {(m, d): subset_predictions(v, truth.subsets) for m, found in scores.items() for d, v in found.items()}
+    drawn = dict(zip(sums, bootstrap_rank_correlations(list(sums.values()), actual), strict=True))
+    by_run = {key: rank_correlations(values, actual).nanmean(-1) for key, values in sums.items()}
+    lds = {key: float(values.mean()) for key, values in by_run.items()}
+    best = {method: max(found, key=lambda d: lds[method, d]) for method, found in scores.items()}
     against = (REFERENCE, best[REFERENCE]) if REFERENCE in best else None
 
-    print(
-        f"\n{'':44}{'best':>16}{'at':>9}  {'runs':14}{'over kronfluence':18}{'default':9}{'seeds':7}dampings: LDS"
-    )
-    for method in sorted(best, key=lambda method: -float(by_run[method, best[method]].mean())):
-        key = (method, best[method])
-        runs = by_run[key]
-        gain = ""
+    print("\n" + _line(HEAD))
+    for key in sorted(best.items(), key=lambda key: -lds[key]):
+        method, runs, gain = key[0], by_run[key], ""
         if against and key != against:
-            error = float((drawn[key] - drawn[against]).std())
-            gain = f"{float(runs.mean() - by_run[against].mean()):+.3f} ± {error:.3f}"
-        default = next((d for start, d in DEFAULTS.items() if method.startswith(start)), "")
-        at_default = f"{float(by_run[method, default].mean()):.3f}" if default in predictions[method] else ""
-        stable = f"{float(rank_stability(scores[method][best[method]])):.2f}" if len(runs) > 1 else ""
-        tried = ", ".join(
-            f"{d}: {float(by_run[method, d].mean()):.3f}" for d in predictions[method] if d != "none"
+            gain = f"{lds[key] - lds[against]:+.3f} ± {float((drawn[key] - drawn[against]).std()):.3f}"
+        default = (method, next((d for start, d in DEFAULTS.items() if method.startswith(start)), ""))
+        columns = (
+            method,
+            f"{lds[key]:.3f} ± {float(drawn[key].std()):.3f}",
+            key[1],
+            f"{float(runs.min()):.3f} .. {float(runs.max()):.3f}",
+            gain,
+            f"{lds[default]:.3f}" if default in lds else "",
+            f"{float(rank_stability(scores[method][key[1]])):.2f}" if len(runs) > 1 else "",
+            f"{float(rank_correlations(sums[key].mean(0), actual).nanmean()):.3f}",
+            ", ".join(f"{d}: {lds[method, d]:.3f}" for d in scores[method] if d != "none"),
         )
-        print(
-            f"{method:44}{float(runs.mean()):8.3f} ± {float(drawn[key].std()):.3f}{key[1]:>9}  "
-            f"{float(runs.min()):.3f} .. {float(runs.max()):.3f} {gain:18}{at_default:9}{stable:7}{tried}",
-            flush=True,
-        )
+        print(_line(columns), flush=True)
+
+
+def _line(columns: Sequence[str]) -> str:
+    return " ".join(f"{text:{width}}" for text, width in zip(columns, WIDTHS, strict=True))
 
 
 def report_brittleness(

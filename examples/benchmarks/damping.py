@@ -30,9 +30,8 @@ import numpy as np
 import torch
 from damping_from_rows import RULES as RULES_FROM_ROWS
 from lds import UNCOMPRESSED, Learner, sum_over_halves, train
-from lds_scores import row_correlations, usable
+from lds_scores import lds, usable
 from lds_tasks import DEFAULT_CACHE, OTHER_TASKS, TASKS, Task, compute_truth, find_task, run_quietly
-from scipy.stats import rankdata
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import GlobalDamping, HeuristicDamping, TrainingDamping, WeightDecayDamping
@@ -95,7 +94,7 @@ def score(task: Task, influence: InfluenceModule, truth: np.ndarray, damping: An
         if "had no weight decay" not in str(error):
             raise
         return float("nan")
-    return float(row_correlations(rankdata(sums, axis=-1), rankdata(truth, axis=-1)).mean())
+    return lds(torch.as_tensor(sums), torch.as_tensor(truth))
 
 
 def measure(task: Task, truth: np.ndarray) -> Iterator[tuple[str, Scores]]:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from lds_scores import row_correlations
-from scipy.stats import rankdata
 from torch import Tensor
 
 from lightning_influence import InfluenceModule
 from lightning_influence.gradients import DenseGradient
+from lightning_influence.metrics import rank_correlations
 
 SAMPLED, QUERIES = 384, 64
 Layers = list[tuple[Tensor, Tensor]]  # rows in the eigenbasis [n, o i], and Lambda [o, i]
@@ -62,14 +61,14 @@ def by_split_half(influence: InfluenceModule, factors: Sequence[float]) -> float
     halves = slice(QUERIES, QUERIES + rest // 2), slice(QUERIES + rest // 2, None)
 
     def agreement(factor: float) -> float:
-        ranks = []
+        found = []
         for half in halves:
             scores = torch.zeros(QUERIES, rest)
             for rows, Lambda in layers:
                 damped = rows[half].square().mean(0) + factor * Lambda.mean()
                 scores += (rows[:QUERIES] / damped) @ rows[QUERIES:].T
-            ranks.append(rankdata(scores.numpy(), axis=-1))
-        return float(row_correlations(*ranks).mean())
+            found.append(scores)
+        return float(rank_correlations(*found).nanmean())
 
     return next((factor for factor in factors if agreement(factor) >= 0.9), factors[-1])
 

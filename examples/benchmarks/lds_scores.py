@@ -3,7 +3,6 @@
 # %%
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import platform
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from lds_tasks import TASKS, Task, Truth
-from scipy.stats import rankdata, spearmanr
+from torch import Tensor
 
-DRAWS = 200  # of the bootstrap
+from lightning_influence.metrics import bootstrap_rank_correlations, rank_correlations, split_half_reliability
+
 REFERENCE = ("final epoch", "uncompressed")  # family and variant that the others are compared with
 
 
@@ -118,63 +118,21 @@ def usable(truth: Truth) -> np.ndarray:
     return truth.log_likelihoods[:, complete]
 
 
-def agreement(log_likelihoods: np.ndarray) -> float:
-    """How well the truth would agree with itself, had it been made twice: Spearman and Brown's formula."""
-    seeds = log_likelihoods.shape[1]
-    if seeds < 2:
-        return math.nan
-    found = []
-    for part in itertools.combinations(range(seeds), seeds // 2):
-        other = sorted(set(range(seeds)) - set(part))[: seeds // 2]
-        one, two = (log_likelihoods[:, list(chosen)].mean(1).T for chosen in (part, other))
-        found.append(row_correlations(rankdata(one, axis=-1), rankdata(two, axis=-1)).mean())
-    r, longer = float(np.mean(found)), seeds / (seeds // 2)
-    return longer * r / (1 + (longer - 1) * r)
-
-
-def row_correlations(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Pearson correlation over the last dimension."""
-    one, two = (values - values.mean(-1, keepdims=True) for values in (one, two))
-    norms = np.sqrt((one**2).sum(-1) * (two**2).sum(-1))
-    return (one * two).sum(-1) / np.where(norms > 0, norms, np.inf)
-
-
-def lds(sums: np.ndarray, truth: np.ndarray) -> float:
+def lds(sums: Tensor, truth: Tensor) -> float:
     """The mean over queries of the Spearman correlation over halves; both [q, subsets]."""
-    return float(
-        np.mean([spearmanr(predicted, actual).statistic for predicted, actual in zip(sums, truth, strict=True)])
-    )
-
-
-def bootstrap(sums: list[np.ndarray], truth: np.ndarray) -> np.ndarray:
-    """Scores of each method on queries and halves that are drawn anew, [methods, draws].
-
-    Args:
-        sums: of each method, [seeds, q, subsets]; the mean is over seeds, too.
-        truth: [q, subsets].
-    """
-    random = np.random.default_rng(0)
-    q, num_subsets = truth.shape
-    drawn = np.zeros((len(sums), DRAWS))
-    for draw in range(DRAWS):
-        halves, queries = random.integers(num_subsets, size=num_subsets), random.integers(q, size=q)
-        ranks = rankdata(truth[:, halves], axis=-1)
-        for number, values in enumerate(sums):
-            found = row_correlations(rankdata(values[..., halves], axis=-1), ranks)
-            drawn[number, draw] = found[:, queries].mean()
-    return drawn
+    return float(rank_correlations(sums, truth).nanmean())
 
 
 def evaluate(task: Task, truth: Truth, cache: Path) -> list[Result]:
     """All predictions that are kept."""
-    actual = usable(truth).mean(1).T
+    actual = torch.from_numpy(usable(truth)).double().mean(1).T
     paths = sorted(predictions_folder(task, cache).glob("*.npz"))
     by_name: dict[tuple[str, str, str], list[Prediction]] = {}
     for prediction in sorted(map(Prediction.load, paths), key=lambda prediction: prediction.seed):
         for damping in prediction.sums:
             by_name.setdefault((prediction.family, prediction.variant, damping), []).append(prediction)
-    sums = [np.stack([run.sums[name[-1]] for run in runs]) for name, runs in by_name.items()]
-    drawn = bootstrap(sums, actual)
+    sums = [torch.from_numpy(np.stack([run.sums[name[-1]] for run in runs])) for name, runs in by_name.items()]
+    drawn = bootstrap_rank_correlations(sums, actual).numpy()
     results = []
     for (family, variant, damping), runs, values, found in zip(
         by_name, by_name.values(), sums, drawn, strict=True
@@ -211,7 +169,7 @@ def describe_truth(task: Task, truth: Truth) -> dict[str, Any]:
     """What the truth is made of, and what it allows."""
     log_likelihoods = usable(truth)
     subsets, seeds, q = log_likelihoods.shape
-    found = agreement(log_likelihoods)
+    found = split_half_reliability(torch.from_numpy(log_likelihoods))
     return {
         "subsets": subsets,
         "seeds": seeds,

@@ -33,6 +33,8 @@ DIGITS, BASE = 3, 2.0 * INT8_MAX
 GROUPS_TOGETHER = 16  # in a product of integers, which has a column for each of them: 48 for a query
 INTEGER_ROWS = 1024
 CACHED_ELEMENTS = 2**18
+MANY_QUERIES = 16  # whose products want longer blocks, which need not stay in the cache
+MANY_ELEMENTS = 2**21
 DEVICE_ELEMENTS = 2**24  # where launching a kernel costs more than the memory
 
 
@@ -109,12 +111,20 @@ def _float_products(parts: Tensor, codes: Tensor, scales: Tensor, group: int) ->
     q, planes, width = parts.shape
     result = parts.new_empty(q, len(codes))
     flat = parts.flatten(1)
-    elements = CACHED_ELEMENTS if codes.device.type == "cpu" else DEVICE_ELEMENTS
-    for rows in _blocks(codes, max(1, elements // max(1, planes * width))):
+    step = max(1, _block_elements(parts) // max(1, planes * width))
+    buffer = parts.new_empty(min(step, len(codes)), planes, width)
+    for rows in _blocks(codes, step):
         integers = codes[rows].unsqueeze(1) if planes == 1 else _planes_of(codes[rows], planes)
-        block = scale_groups(integers.to(parts.dtype), scales[rows].to(parts.dtype).unsqueeze(1), group)
+        block = buffer[: len(integers)].copy_(integers)
+        scale_groups(block, scales[rows].to(parts.dtype).unsqueeze(1), group)
         torch.mm(flat, block.flatten(1).T, out=result[:, rows])
     return result
+
+
+def _block_elements(parts: Tensor) -> int:
+    if parts.device.type != "cpu":
+        return DEVICE_ELEMENTS
+    return CACHED_ELEMENTS if len(parts) < MANY_QUERIES else MANY_ELEMENTS
 
 
 def _integer_products(parts: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:

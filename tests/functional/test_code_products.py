@@ -84,10 +84,12 @@ def test_three_digits_hold_an_entry_to_a_rounding_of_float32() -> None:
 @pytest.mark.parametrize(("bits", "width"), [(8, 130), (4, 320), (2, 320)])
 def test_blocks_leave_no_trace(bits: int, width: int, monkeypatch) -> None:
     codes, scales = rows(width, bits, n=50)
-    for q in (1, 20):
+    for q in (1, FEW_QUERIES + 1, 20):
+        monkeypatch.undo()
         whole = code_products(queries(q, width), codes, scales, bits)
         monkeypatch.setattr(module, "INTEGER_ROWS", 7)
         monkeypatch.setattr(module, "CACHED_ELEMENTS", 7 * width)
+        monkeypatch.setattr(module, "MANY_ELEMENTS", 7 * width)
         parts = code_products(queries(q, width), codes, scales, bits)
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
 

@@ -32,15 +32,8 @@ def inner_products(gradient: LayerGradient, matrices: Tensor) -> Tensor:
     for start in range(0, len(gradient), chunk):
         rows = slice(start, start + chunk)
         contracted = (left[rows] @ flat).unflatten(-1, (q, -1))  # [n, s, q, short]
-        result[:, rows] = _dots(contracted, right[rows])
+        result[:, rows] = torch.einsum("nsqx,nsx->qn", contracted, right[rows])
     return result
-
-
-def _dots(contracted: Tensor, rows: Tensor) -> Tensor:
-    """sum_sx contracted_nsqx rows_nsx, shape [q, n]; for one query without a small matrix product an example."""
-    if contracted.shape[2] == 1:
-        return (contracted[:, :, 0] * rows).sum((1, 2)).unsqueeze(0)
-    return torch.einsum("nsqx,nsx->qn", contracted, rows)
 
 
 def weighted_squares(gradient: LayerGradient, weights: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ eigen-coordinates. 1 and 100 test images then ask for the scores of all training
     python examples/benchmarks/query_speed.py                          # a few minutes on a quiet machine
     python examples/benchmarks/query_speed.py --kronfluence            # and the peer, which takes longer
     python examples/benchmarks/query_speed.py --matmul-precision medium
+    python examples/benchmarks/query_speed.py --codes                  # only the products, half a minute
     python examples/benchmarks/query_speed.py --progressive            # could a bound on the rest drop rows?
 
 - "read": the sum of all row arrays, memory-mapped, in the page cache: the time of reading them once.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import platform
 import statistics
 import tempfile
@@ -44,6 +46,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.codecs import EigenCodec, PairsCodec
+from lightning_influence.functional.code_products import code_products
+from lightning_influence.functional.quantize import dequantize_int8, quantize_int8
+from lightning_influence.functional.rotated import quantize_rotated, restore_rotated
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.query import described_layers
 from lightning_influence.scoring import ScoredLayer
@@ -330,6 +335,34 @@ def progressive(folder: Path) -> None:
 
 
 # %%
+# Codes alone
+# -----------
+
+
+def codes_alone() -> None:
+    """Products with 4,096 coordinates of 8,192 drawn rows of 8, 4 and 2 bits, and how they were made before."""
+    for bits in (8, 4, 2):
+        values = torch.randn(8192, 4096, generator=torch.Generator().manual_seed(args.seed))
+        codes, scales = quantize_int8(values) if bits == 8 else quantize_rotated(values, bits)
+        for q in (1, args.queries):
+            asked = torch.randn(q, 4096)
+
+            def whole(
+                asked: Tensor = asked, codes: Tensor = codes, scales: Tensor = scales, bits: int = bits
+            ) -> None:
+                rows = dequantize_int8(codes, scales) if bits == 8 else restore_rotated(codes, scales, bits)
+                asked @ rows.T
+
+            timed: dict[str, Callable[[], Any]] = {
+                "read": lambda codes=codes, scales=scales: (codes.view(torch.int64).sum(), scales.sum()),
+                "products": functools.partial(code_products, asked, codes, scales, bits),
+                "rows made whole": whole,
+                "matmul": lambda asked=asked, values=values: asked @ values.T,
+            }
+            print_times(f"{bits} bits, {q} queries", interleaved(timed), "read")
+
+
+# %%
 def main(folder: Path) -> None:
     data, queries = fashion_images(args.examples, args.queries)
     one = tuple(tensor[:1] for tensor in queries)
@@ -372,6 +405,7 @@ if __name__ == "__main__":
         "--peer-examples", type=int, default=6000, help="the larger of kronfluence's training sets"
     )
     parser.add_argument("--progressive", action="store_true", help="only the study of progressive top-k")
+    parser.add_argument("--codes", action="store_true", help="only products with drawn codes")
     args = parser.parse_args()
     run_quietly()
     torch.set_num_threads(args.threads)
@@ -379,4 +413,9 @@ if __name__ == "__main__":
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, seed {args.seed}", end=", ")
     print(f"float32 matmul precision {args.matmul_precision}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        progressive(Path(scratch)) if args.progressive else main(Path(scratch))
+        if args.codes:
+            codes_alone()
+        elif args.progressive:
+            progressive(Path(scratch))
+        else:
+            main(Path(scratch))

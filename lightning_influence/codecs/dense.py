@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs.base import Codec, register_codec
+from lightning_influence.codecs.base import Codec, register_codec, split_rows
 from lightning_influence.functional import quantize
+from lightning_influence.functional.code_products import code_products
 from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.quantize import RowDtype
-from lightning_influence.gradients import DenseGradient, FactoredGradient, LayerGradient
+from lightning_influence.gradients import CHUNK_ELEMENTS, DenseGradient, FactoredGradient, LayerGradient
 
 FLOAT16_LARGEST = 2.0**15
 
@@ -74,7 +75,13 @@ class DenseCodec(Codec):
 
     def scores(self, projected: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """One matrix product, shape [q, n]."""
-        return projected @ self.decode(arrays).flatten(1).T
+        if self.dtype == "int8":
+            return code_products(projected, arrays["values"], arrays["values_scales"], 8)
+        parts = [
+            projected @ self.decode(rows).flatten(1).T
+            for _, rows in split_rows(arrays, max(1, CHUNK_ELEMENTS // projected.shape[1]))
+        ]
+        return torch.cat(parts, dim=1) if parts else projected.new_zeros(len(projected), 0)
 
     def quadratic(self, weights: Tensor, basis: Eigenbasis, arrays: Mapping[str, Tensor]) -> Tensor:
         """Weighted squares of the rotated gradients, shape [n]."""

@@ -113,9 +113,9 @@ class EigenCodec(Codec):
         return torch.cat([tier.rotated(values) for tier, values in zip(self.tiers, kept, strict=True)], dim=1)
 
     def scores(self, projected: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """One matrix product for each tier, shape [q, n]."""
+        """Sums of each tier's products with the codes (`functional.code_products`), shape [q, n]."""
         parts = projected.split([tier.width for tier in self.tiers], dim=1)
-        products = (part @ tier.restored(arrays).T for tier, part in zip(self.tiers, parts, strict=True))
+        products = (tier.products(part, arrays) for tier, part in zip(self.tiers, parts, strict=True))
         return functools.reduce(torch.add, products)
 
     def quadratic(self, weights: Tensor, basis: Eigenbasis, arrays: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_influence.functional.code_products import code_products
 from lightning_influence.functional.quantize import GROUP, dequantize_int8, group_count, quantize_int8
 from lightning_influence.functional.rotated import (
     NOISE,
@@ -81,6 +82,10 @@ class Tier:
     def rotated(self, values: Tensor) -> Tensor:
         """Values [..., size] in the form [..., width] whose inner products with `restored` are theirs."""
         return rotate_groups(self._padded(values)) if self.is_rotated else values
+
+    def products(self, rotated: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Inner products of `rotated` queries [q, width] with the rows, shape [q, n]."""
+        return code_products(rotated, arrays[f"codes{self.suffix}"], arrays[f"scales{self.suffix}"], self.bits)
 
     def restored(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What the arrays stand for, [n, width], still rotated."""

@@ -47,10 +47,15 @@ def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 values [..., d] of codes [..., d] and scales [..., ceil(d / 64)]."""
-    width = codes.shape[-1]
-    if width % GROUP == 0:
-        return (codes.float().unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(-2)
-    return codes.float() * scales.repeat_interleave(GROUP, dim=-1)[..., :width]
+    return scale_groups(codes.float(), scales, GROUP)
+
+
+def scale_groups(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """In place, each group of neighbours in [..., d], of which the last may be short, times its scale."""
+    whole = values.shape[-1] // group
+    values[..., : whole * group].unflatten(-1, (whole, group)).mul_(scales[..., :whole, None])
+    values[..., whole * group :].mul_(scales[..., whole:])
+    return values
 
 
 def quantize_float16(values: Tensor) -> tuple[Tensor, Tensor]:

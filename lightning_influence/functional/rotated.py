@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_influence.functional.quantize import scale_groups
+
 ROTATED_GROUP = 256
 ROTATED_TOGETHER = 64
 CHUNK_ELEMENTS = 2**19
@@ -84,7 +86,7 @@ def _quantize(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and steps of rotated rows [n, d], which are used up."""
     steps = _group_norms(rotated).float() * STEPS[bits]
     largest = 2**bits - 1
-    codes = _times_steps(rotated, 1 / steps.where(steps > 0, 1))
+    codes = scale_groups(rotated, 1 / steps.where(steps > 0, 1), ROTATED_GROUP)
     codes = codes.add_(largest / 2).round_().clamp_(0, largest)
     places = torch.tensor([2.0 ** (bits * place) for place in range(8 // bits)]).to(codes)
     return codes.unflatten(-1, (-1, 8 // bits)) @ places, steps  # below 256, so exact
@@ -98,7 +100,7 @@ def restore_rotated(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
     values = torch.empty(len(flat), codes.shape[-1] * 8 // bits, device=codes.device)
     for rows in _chunks(values):
         places = (flat[rows].unsqueeze(-1) >> shifts) & largest  # [n, bytes, 8 / bits]
-        values[rows] = _times_steps(places.flatten(1).float().sub_(largest / 2), flat_steps[rows])
+        values[rows] = scale_groups(places.flatten(1).float().sub_(largest / 2), flat_steps[rows], ROTATED_GROUP)
     return values.view(*codes.shape[:-1], values.shape[1])
 
 
@@ -117,11 +119,3 @@ def _group_norms(values: Tensor) -> Tensor:
         rest = values[:, whole:]
         norms.append(rest.norm(dim=1, keepdim=True) / rest.shape[1] ** 0.5)
     return torch.cat(norms, dim=1)
-
-
-def _times_steps(values: Tensor, steps: Tensor) -> Tensor:
-    """In place, each 256 entries of [n, d] times their step [n, groups]."""
-    whole = values.shape[-1] // ROTATED_GROUP * ROTATED_GROUP
-    values[:, :whole].unflatten(1, (-1, ROTATED_GROUP)).mul_(steps[:, : whole // ROTATED_GROUP, None])
-    values[:, whole:].mul_(steps[:, whole // ROTATED_GROUP :])
-    return values

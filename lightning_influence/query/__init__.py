@@ -1,7 +1,7 @@
 """Answers from a file: scores, top-k, self-influence, groups; see `query.engine`."""
 
 from lightning_influence.query.answers import Attribution, GroupAttribution
-from lightning_influence.query.budget import MEMORY_BUDGET
+from lightning_influence.query.budget import MEMORY_BUDGET, parse_bytes
 from lightning_influence.query.engine import InfluenceQuery
 from lightning_influence.query.groups import Groups
 from lightning_influence.query.options import DEFAULT_DAMPING, QueryOptions, ScoreOptions
@@ -19,4 +19,5 @@ __all__ = [
     "ScoreOptions",
     "Subset",
     "described_layers",
+    "parse_bytes",
 ]

@@ -13,7 +13,7 @@ from lightning_influence.errors import QueryError
 from lightning_influence.query.places import Places, Subset, as_indices
 
 Groups: TypeAlias = "Tensor | np.ndarray | Sequence[Hashable] | Mapping[Hashable, Subset]"
-"""A label for each training example, [N], or a mapping from names to dataset indices or masks; they may overlap."""
+"""A label for each training example, [N], or a mapping from names to dataset indices or masks (may overlap)."""
 
 
 class Membership:

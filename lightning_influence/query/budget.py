@@ -10,7 +10,8 @@ from lightning_influence.codecs import Codec, EigenCodec
 from lightning_influence.scoring import ScoredLayer
 
 MEMORY_BUDGET = "1GB"
-CHUNK_BYTES = 32 * 2**20  # of stored rows at a time: more is no faster
+CHUNK_BYTES = 4 * 2**20  # of stored rows at a time, which caches hold, unpacked, in part: more is slower
+LAYER_BYTES = 2**20  # of each layer, so that many layers have no small products
 ROW_COPIES = 3  # of a layer's rows as float32 numbers
 SCORE_COPIES = 4
 UNPACKED = {"i1": 4, "f2": 4, "f4": 4, "u1": 16}  # bytes of float32 for an entry; packed ones hold up to 4
@@ -48,7 +49,7 @@ def rows_at_once(codecs: Iterable[Codec], queries: int, budget: int) -> int:
     codecs = list(codecs)
     stored = sum(codec.bytes_per_row for codec in codecs)
     a_row = 2 * stored + ROW_COPIES * max(map(_unpacked, codecs)) + 4 * SCORE_COPIES * queries
-    return max(1, min(budget // 2 // a_row, CHUNK_BYTES // stored))
+    return max(1, min(budget // 2 // a_row, max(CHUNK_BYTES, len(codecs) * LAYER_BYTES) // stored))
 
 
 def queries_at_once(layers: Iterable[ScoredLayer], budget: int) -> int:

@@ -25,8 +25,16 @@ class Places:
 
     def __init__(self, num_examples: int, indices: np.ndarray | None = None) -> None:
         self._count = num_examples if indices is None else len(indices)
-        self._order = None if indices is None else np.argsort(indices, kind="stable")
-        self._sorted = None if indices is None or self._order is None else indices[self._order]
+        self._order: np.ndarray | None = None
+        self._sorted = indices
+        if indices is not None and not _is_ascending(indices):
+            self._order = np.argsort(indices)
+            self._sorted = indices[self._order]
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether these are all examples, whose rows follow each other."""
+        return self._sorted is None
 
     def __len__(self) -> int:
         return self._count
@@ -73,12 +81,17 @@ def as_indices(subset: Subset, num_examples: int, name: str, where: str) -> np.n
     found = found.reshape(-1)
     if len(found) and not np.issubdtype(found.dtype, np.integer):
         raise QueryError(f"`{name}` must be integers, dataset indices, or a mask of bools, got {found.dtype}.")
-    found = found.astype(np.int64)
+    found = found.astype(np.int64, copy=False)
     if len(found) and not 0 <= found.min() <= found.max() < num_examples:
         raise QueryError(
             f"`{name}` must lie in 0..{num_examples - 1}, the dataset of {where}, "
             f"got {found.min()}..{found.max()}."
         )
-    if len(np.unique(found)) < len(found):
+    if not _is_ascending(found) and len(np.unique(found)) < len(found):
         raise QueryError(f"`{name}` names an example twice; name each once.")
     return found
+
+
+def _is_ascending(indices: np.ndarray) -> bool:
+    """Whether each is larger than the one before."""
+    return bool((indices[1:] > indices[:-1]).all())

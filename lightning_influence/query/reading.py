@@ -49,7 +49,7 @@ def read_chunks(maps: Maps[Key], places: Places, step: int, device: torch.device
         step: how many at a time.
         device: where the tensors are to be.
     """
-    windows = places.parts(step * CHUNKS_READ)
+    windows = places.parts(step * CHUNKS_READ if places.is_everything else step)
     if not windows:
         return
     pages = {key: {name: Pages(array) for name, array in arrays.items()} for key, arrays in maps.items()}
@@ -83,7 +83,10 @@ def _read(pages: PagesOf[Key], rows: Rows) -> dict[Key, dict[str, np.ndarray]]:
         for each in pages.values():
             for array in each.values():
                 array.touch(rows)
-    return {key: {name: array.array[rows] for name, array in each.items()} for key, each in pages.items()}
+    read = {key: {name: array.array[rows] for name, array in each.items()} for key, each in pages.items()}
+    if not isinstance(rows, slice):  # they were copied
+        _give_back(pages, [rows])
+    return read
 
 
 def _give_back(pages: PagesOf[Key], windows: list[Rows]) -> None:

@@ -99,7 +99,7 @@ def ask(path: Path, budget: str, question: str) -> None:
     """In a process of its own: print the peaks before and after, and the seconds."""
     query = InfluenceQuery(StoreReader(path), memory_budget=budget)
     queries = {name: gradients(name, QUERIES, seed=1) for name in LAYERS}
-    warm = np.arange(16)
+    warm, labels = np.arange(16), np.tile(np.arange(10, dtype=np.int8), query.num_examples // 10)
     query.removal_effect(queries, warm)
     query.self_influence(subset=warm)
     before, start = peak(), time.perf_counter()
@@ -108,7 +108,7 @@ def ask(path: Path, budget: str, question: str) -> None:
     elif question == "self_influence":
         query.self_influence()
     elif question == "group_scores":
-        query.group_scores(queries, np.arange(query.num_examples) % 10)
+        query.group_scores(queries, labels)
     else:
         query.top_k(queries, 10, subset=np.arange(0, query.num_examples, 2))
     print(f"{before:.1f} {peak():.1f} {time.perf_counter() - start:.2f}")

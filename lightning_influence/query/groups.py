@@ -26,7 +26,7 @@ class Membership:
 
     Attributes:
         names: labels in ascending order, or the mapping's keys.
-        members: examples that are in a group, ascending.
+        places: the examples that are in a group.
 
     Raises:
         QueryError: if there are not as many labels as examples, no groups, or indices that cannot be.
@@ -34,6 +34,7 @@ class Membership:
 
     def __init__(self, groups: Groups, num_examples: int, where: str) -> None:
         self.names: list[Hashable]
+        self._examples: np.ndarray | None = None  # of each membership; None for every example once, in order
         if isinstance(groups, Mapping):
             self.names = list(groups)
             each = [as_indices(groups[n], num_examples, f"groups[{n!r}]", where) for n in self.names]
@@ -48,12 +49,11 @@ class Membership:
                     f"`groups` must have one label for each of the {num_examples} examples of {where}, or be a "
                     f"mapping from names to their indices, got shape {labels.shape}."
                 )
-            found, self._groups = np.unique(labels, return_inverse=True)
-            self.names, self._examples = found.tolist(), np.arange(num_examples)
+            found = np.unique(labels)
+            self.names, self._groups = found.tolist(), np.searchsorted(found, labels).astype(np.int32)
         if not self.names:
             raise QueryError("`groups` is empty; give each example a label, or name groups of examples.")
-        self.members = np.unique(self._examples)
-        self.places = Places(num_examples, None if len(self.members) == num_examples else self.members)
+        self.places = Places(num_examples, None if self._examples is None else np.unique(self._examples))
 
     def add(self, sums: Tensor, rows: slice | np.ndarray, values: Tensor) -> None:
         """Add examples' values to their groups' sums.
@@ -65,15 +65,17 @@ class Membership:
         """
         places, groups = self._within(rows)
         values = values.cpu()[:, places].to(sums.dtype)
-        sums.scatter_add_(1, groups.expand(len(sums), -1), values)
+        sums.scatter_add_(1, groups.long().expand(len(sums), -1), values)
 
     def count(self, chosen: Tensor) -> Tensor:
         """How many of each group's examples are among the chosen, bool [N] -> int64 [groups]."""
-        inside = chosen.numpy()[self._examples]
+        inside = chosen.numpy() if self._examples is None else chosen.numpy()[self._examples]
         return torch.from_numpy(np.bincount(self._groups[inside], minlength=len(self.names)))
 
-    def _within(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+    def _within(self, rows: slice | np.ndarray) -> tuple[Tensor | slice, Tensor]:
         """Of each membership of some examples, the place among them and the group."""
+        if self._examples is None:
+            return slice(None), torch.from_numpy(self._groups[rows])
         first, last = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (rows[0], rows[-1])
         span = slice(*np.searchsorted(self._examples, (first, last + 1)))
         places = self._examples[span] - first

@@ -23,6 +23,7 @@ from lightning_influence.errors import (
     StoreNotFoundError,
 )
 from lightning_influence.store.checks import Extent, Structure, has_segments, read_structures
+from lightning_influence.store.pages import release
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _Value = TypeVar("_Value")
@@ -108,7 +109,10 @@ class StoreReader:
         """
         if name == "occurrences" and not has_segments(self.attributes):
             return self.column("written").astype(np.int32)
-        return np.array(self._map(_look_up(self._structure.columns, name, "column", self.path)))
+        mapped = self._map(_look_up(self._structure.columns, name, "column", self.path))
+        copied = np.array(mapped)
+        release(mapped)
+        return copied
 
     def factors(self, layer: str) -> dict[str, np.ndarray]:
         """Copies of one layer's factors, by name, of any shape.
@@ -170,7 +174,9 @@ class StoreReader:
         return cast(np.memmap, part.view(extent.dtype).reshape(extent.shape))
 
     def _verify(self, where: str, extent: Extent) -> None:
-        found = zlib.crc32(self._bytes[extent.offset : extent.offset + extent.nbytes].data)
+        part = self._bytes[extent.offset : extent.offset + extent.nbytes]
+        found = zlib.crc32(part.data)
+        release(part)
         if found != extent.crc32:
             raise CorruptStoreError(
                 f"{self.path}: {where} has checksum {found:08x}, expected {extent.crc32:08x}. "

@@ -16,7 +16,7 @@ FLOORS = [
     {"processes"},
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
-    {"step", "scoring", "stored_rows", "attachment", "segments", "penalties"},
+    {"step", "scoring", "stored_rows", "attachment", "segments", "penalties", "exports"},
     {"layer_plan", "damping_advice", "row_choice"},
     {"layer_record"},
     {"blocks"},

@@ -1,0 +1,188 @@
+"""Several runs on the same dataset, asked as one: the mean of their scores.
+
+What one run's scores say of retraining is partly luck of that run: its initial weights and the order of its data.
+The mean over runs predicts retraining better (Park et al. 2023, arXiv:2303.14186, whose TRAK averages over models,
+too). With m a model and M_n the models that have a row of example n,
+
+    score[q, n] = sum_{m in M_n} w_mq score_m[q, n] / sum_{m in M_n} w_mq.
+
+"mean" has w_mq = 1. "standardized" has w_mq = 1 / (standard deviation of score_m[q, n] over n): no model outvotes
+the others by the size of its scores alone. Both are means, so that units stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_influence.errors import QueryError
+from lightning_influence.exports import UNKNOWN_LABEL, example_labels, ranked_columns
+from lightning_influence.functional.ranking import top_k
+from lightning_influence.query import Attribution
+from lightning_influence.store import StoreReader
+
+Average = Literal["mean", "standardized"]
+AVERAGES = ("mean", "standardized")
+
+
+class InfluenceEnsemble(LightningModule):
+    """The questions of `InfluenceModule`, answered by the mean over several of them.
+
+    Made by `InfluenceModule.ensemble`. Each model finds the query's gradients with its own weights. An example
+    that only some of the models have a row of (as where each of them dropped another last batch) has the mean over
+    these; one that none of them has is NaN. As a `LightningModule` it works with `trainer.predict`; set
+    `query_options` to pass arguments to `top_k`.
+
+    Args:
+        models: `InfluenceModule`s of runs on the same dataset, in the same order; their networks may differ, as
+            long as they take the same batches.
+        average: "mean", or "standardized", by each model's spread of scores for each query.
+
+    Raises:
+        ValueError: if there are no models, or no such average.
+        QueryError: if their datasets differ in length or labels, or a file is given twice.
+    """
+
+    def __init__(self, models: Sequence[LightningModule], *, average: Average = "mean") -> None:
+        super().__init__()
+        if average not in AVERAGES:
+            raise ValueError(f"`average` must be one of {AVERAGES}, got {average!r}.")
+        self.average = average
+        self._labels = _common_labels([cast(StoreReader, model.store) for model in models])
+        self.models = nn.ModuleList(models)
+        self.query_options: dict[str, Any] = {}
+
+    def scores(self, batch: Any, **options: Any) -> Any:
+        """Mean scores, [q, N] (with `per_layer=True` by layer); arguments as in `InfluenceModule.scores`."""
+        found = [model.scores(batch, **options) for model in self._members]
+        weights = self._weights(batch, options, found)
+        if not options.get("per_layer"):
+            return _weighted_mean(found, weights)
+        names = [list(each) for each in found]
+        if any(other != names[0] for other in names):
+            raise QueryError(f"`per_layer` needs models with the same layers, got {names}.")
+        return {name: _weighted_mean([each[name] for each in found], weights) for name in names[0]}
+
+    def top_k(self, batch: Any, k: int = 10, *, largest: bool = True, **options: Any) -> Attribution:
+        """The k examples with the largest (or smallest) mean scores; as `InfluenceModule.top_k`.
+
+        Unlike that of a single model, it holds the scores of all examples by all models, [q, N] each.
+        """
+        scores = self.scores(batch, **options)
+        rows = int((~scores.isnan()).any(0).sum())
+        if not rows:
+            raise QueryError("no score of these queries is a number; is there a NaN in them?")
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= rows:
+            raise ValueError(f"`k` must be an integer from 1 to {rows}, the number of examples, got {k!r}.")
+        values, places = top_k(scores, k, largest=largest)
+        return Attribution(places, values)
+
+    def self_influence(self, **options: Any) -> Tensor:
+        """The plain mean, [N]; arguments as in `InfluenceModule.self_influence`."""
+        found = [model.self_influence(**options) for model in self._members]
+        return _weighted_mean(found, [torch.ones(1)] * len(found))
+
+    def removal_effect(self, batch: Any, indices: Tensor | np.ndarray | list[int], **options: Any) -> Tensor:
+        """Mean predicted change of each query's measurement, [q]; as `InfluenceModule.removal_effect`.
+
+        Raises:
+            QueryError: as that, also if one of the models has no row of one of the examples.
+        """
+        weights = self._weights(batch, options)
+        found = [model.removal_effect(batch, indices, **options)[:, None] for model in self._members]
+        return _weighted_mean(found, weights)[:, 0]
+
+    def to_columns(self, answers: Attribution | Sequence[Attribution] | None = None) -> dict[str, np.ndarray]:
+        """A table as `InfluenceModule.to_columns` makes it, of what all models have in common.
+
+        Returns:
+            `index` and `label`; or `query`, `rank`, `index`, `score` and `label` of answers.
+        """
+        if answers is None:
+            return {"index": np.arange(len(self._labels)), "label": self._labels.copy()}
+        answers = [answers] if isinstance(answers, Attribution) else answers
+        return ranked_columns(answers, {"label": self._labels})
+
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
+        """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
+        return self.top_k(batch, **self.query_options)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch as it is: each model prepares and moves it as in its training."""
+        return batch
+
+    @property
+    def _members(self) -> Iterable[Any]:
+        return iter(self.models)
+
+    def _weights(self, batch: Any, options: dict[str, Any], found: list[Any] | None = None) -> list[Tensor]:
+        """Each model's, [q, 1] or one for all queries.
+
+        Args:
+            batch: the queries.
+            options: of the question.
+            found: scores of all examples by each model, if they are there.
+        """
+        if self.average == "mean":
+            return [torch.ones(1)] * len(self.models)
+        if found is None or options.get("per_layer") or options.get("subset") is not None:
+            others = {key: value for key, value in options.items() if key not in ("per_layer", "subset")}
+            found = [model.scores(batch, **others) for model in self._members]
+        spreads = torch.stack([_spread(scores) for scores in found])
+        weights = torch.where(spreads > 0, 1 / spreads, 0.0)
+        return list(torch.where(weights.sum(0) > 0, weights, 1.0))  # no model tells examples apart: all alike
+
+
+def _weighted_mean(found: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """Over those that are not NaN; NaN where all are."""
+    total: Tensor | float = 0.0
+    counted: Tensor | float = 0.0
+    for values, weight in zip(found, weights, strict=True):
+        is_known = ~values.isnan()
+        total = total + weight * values.masked_fill(~is_known, 0.0)
+        counted = counted + weight * is_known
+    return cast(Tensor, total / counted)
+
+
+def _spread(scores: Tensor) -> Tensor:
+    """Standard deviation over the examples that have a score, [q, 1]."""
+    is_known = ~scores.isnan()
+    number = is_known.sum(1, keepdim=True)
+    centered = scores - scores.nansum(1, keepdim=True) / number
+    return (centered.masked_fill(~is_known, 0.0).square().sum(1, keepdim=True) / number).sqrt()
+
+
+def _common_labels(stores: Sequence[StoreReader]) -> np.ndarray:
+    """Labels [N] as far as any of the files knows them.
+
+    Raises:
+        ValueError: if there are no files.
+        QueryError: if the files are not of the same examples, or one is given twice.
+    """
+    if not stores:
+        raise ValueError("`models` must hold at least one InfluenceModule, got none.")
+    first, labels, runs = stores[0], example_labels(stores[0]), {(stores[0].store_id, stores[0].number)}
+    for store in stores[1:]:
+        if store.num_examples != first.num_examples:
+            raise QueryError(
+                f"an ensemble needs runs on the same dataset, but {first.path} has {first.num_examples:,} "
+                f"examples and {store.path} has {store.num_examples:,}."
+            )
+        if (store.store_id, store.number) in runs:
+            raise QueryError(f"{store.path} is in the ensemble twice (id {store.store_id}); give each run once.")
+        runs.add((store.store_id, store.number))
+        own = example_labels(store)
+        differ = np.flatnonzero((labels != own) & (labels != UNKNOWN_LABEL) & (own != UNKNOWN_LABEL))
+        if len(differ):
+            n = differ[0]
+            raise QueryError(
+                f"an ensemble needs runs on the same dataset, but {len(differ):,} labels of {store.path} differ "
+                f"from those of the files before, as that of example {n}: {own[n]}, not {labels[n]}."
+            )
+        labels = np.where(labels == UNKNOWN_LABEL, own, labels)
+    return labels

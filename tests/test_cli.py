@@ -19,9 +19,17 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_influence import HeuristicDamping, InfluenceCallback, InfluenceModule
+from lightning_influence import (
+    GlobalDamping,
+    HeuristicDamping,
+    InfluenceCallback,
+    InfluenceModule,
+    TrainingDamping,
+    WeightDecayDamping,
+)
 from lightning_influence.cli import main
-from lightning_influence.cli.loading import progress
+from lightning_influence.cli.dampings import damping_of
+from lightning_influence.cli.progress import progress
 from lightning_influence.errors import QueryError
 from lightning_influence.store import StoreReader
 
@@ -200,8 +208,34 @@ def test_info_is_text_for_people(folder, capsys):
         "cross_entropy (mean); empirical Fisher",
         "100.0% of the trainable parameters are attributed",
         "net.0  pairs int8  64 x 65",
+        "damping: --damping training is advised, by the weight decay and the learning rates",
     ):
         assert part in text
+
+
+def test_info_advises_the_damping_of_the_python_interface(folder, capsys, influence):
+    expected = influence.recommend_damping()
+    found = json.loads(answer(capsys, "info", "influence.h5", "--json"))["damping"]
+    assert found["reason"] == expected.reason
+    assert found["advised"] == str(expected.damping)
+    assert damping_of(found["as_argument"]) == expected.damping
+    values = found["spearman_at_factor"]
+    assert {float(factor): value for factor, value in values.items()} == pytest.approx(expected.sensitivity)
+    assert f"0.1*mean {values['0.1']:.3f}" in answer(capsys, "info", "influence.h5")
+
+
+def test_info_advises_the_default_where_training_is_unknown(capsys):
+    path = str(GOLDEN / "schema_v3.h5")
+    assert json.loads(answer(capsys, "info", path, "--json"))["damping"]["as_argument"] == "1*mean"
+    assert "--damping 1*mean is advised, the default, since nothing" in answer(capsys, "info", path)
+
+
+def test_info_tells_of_a_damaged_file_what_it_can(folder, capsys, tmp_path):
+    path = shutil.copy("influence.h5", tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["layers/net.2/factors/Q_A"][0, 0] += 1
+    assert "damping: no advice: " in answer(capsys, "info", path)
+    assert json.loads(answer(capsys, "info", path, "--json"))["damping"]["advised"] is None
 
 
 def test_info_names_what_is_not_attributed(folder, capsys, tmp_path):
@@ -359,6 +393,9 @@ def test_bottom_gives_the_smallest_scores_too(folder, capsys, influence, query):
     [
         (["--damping", "0.01"], {"damping": 0.01}),
         (["--damping", "2*mean"], {"damping": HeuristicDamping(2.0)}),
+        (["--damping", "2*overall_mean"], {"damping": GlobalDamping(2.0)}),
+        (["--damping", "3*weight_decay"], {"damping": WeightDecayDamping(3.0)}),
+        (["--damping", "training"], {"damping": TrainingDamping()}),
         (["--curvature", "kfac"], {"curvature": "kfac"}),
         (["--curvature=identity"], {"curvature": "identity"}),
         (["--segments", "{1: 2.0}"], {"segments": {1: 2.0}}),
@@ -436,6 +473,32 @@ def test_a_table_has_every_example(folder, capsys, influence, query, tmp_path):
     assert not any(name.startswith("score") for name in rows[0])
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_arrow_tables_are_those_of_text(folder, capsys, tmp_path, suffix):
+    arrow = pytest.importorskip("pyarrow")
+    target = tmp_path / f"table.{suffix}"
+    for path in (target, tmp_path / "table.npz"):
+        answer(capsys, "export", "influence.h5", f"--to={path}", *ASK, "asking:batches")
+    if suffix == "parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table(target)
+    else:
+        table = arrow.ipc.open_file(target).read_all()
+    with np.load(tmp_path / "table.npz") as file:
+        expected = dict(file)
+    for number, row in enumerate(expected.pop("scores")):
+        expected[f"score_{number}"] = row
+    assert table.column_names == list(expected)
+    for name, column in expected.items():
+        np.testing.assert_array_equal(table[name].to_numpy(), column)
+
+
+def test_without_pyarrow_it_says_what_to_install(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in refusal(capsys, "export", "influence.h5", f"--to={tmp_path / 'a.parquet'}")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "npz"])
 def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp_path, suffix):
     target = tmp_path / f"table.{suffix}"
@@ -479,6 +542,7 @@ def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp
         ([*ASK, "asking:loader", "--device=abacus"], "`--device abacus` cannot be used"),
         ([*ASK, "asking:loader", "--damping=-1"], "`--damping` must be a positive number"),
         ([*ASK, "asking:loader", "--damping=much"], "`--damping` must be a positive number"),
+        ([*ASK, "asking:loader", "--damping=2*much"], "`--damping` must be a positive number"),
         ([*ASK, "asking:loader", "--curvature=flat"], "`curvature` must be one of"),
         ([*ASK, "asking:loader", "--segments={5: 1.0}"], "`segments` names 5"),
         ([*ASK, "asking:loader", "--k=0"], "`k` must be an integer from 1 to 1437"),
@@ -502,7 +566,7 @@ def test_a_question_that_cannot_be_answered_is_told_in_one_line(folder, capsys, 
         (["info", "last.ckpt"], "is not HDF5"),
         (["self-influence", "influence.h5", "--top=0"], "`--top` must be at least 1, got 0"),
         (["export", "influence.h5", "--to=table.csv", *ASK, "asking:not_a_number"], "query 2: its scores are not"),
-        (["export", "influence.h5", "--to=table.xls"], "`--to` must end in .csv or .npz"),
+        (["export", "influence.h5", "--to=table.xls"], "`--to` must end in .csv, .npz, .parquet or .arrow"),
         (["export", "influence.h5", "--to=nowhere/table.csv"], "there is no folder"),
         (["export", "influence.h5", "--to=table.csv", "--model=command_line:Digits"], "`--checkpoint` is missing"),
     ],

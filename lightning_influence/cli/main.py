@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_influence.cli import checking, facts, loading, tables
+from lightning_influence.cli import advice, checking, dampings, facts, loading, tables
 from lightning_influence.errors import InfluenceError
+from lightning_influence.exports import WRITERS, example_columns
 from lightning_influence.query import InfluenceQuery
 from lightning_influence.store import StoreReader
 
@@ -65,8 +66,10 @@ def _fail(message: str) -> int:
 
 def info(options: Namespace) -> int:
     """Print what a file holds."""
-    found = facts.facts_of(StoreReader(options.file))
-    _print(found, facts.text_of(found), options.json)
+    store = StoreReader(options.file)
+    found = facts.facts_of(store)
+    found["damping"] = advice.advice_of(store)
+    _print(found, "\n".join([facts.text_of(found), advice.text_of(found["damping"])]), options.json)
     return 0
 
 
@@ -114,7 +117,7 @@ def self_influence(options: Namespace) -> int:
 
 
 def export(options: Namespace) -> int:
-    """Write every example's columns and self-influence, and scores if there are queries, to .csv or .npz."""
+    """Write every example's columns and self-influence, and scores if there are queries, to a table."""
     write = tables.writer_to(options.to, options.file)
     asked = loading.asked(options)
     scores: list[np.ndarray] | None = None
@@ -129,7 +132,7 @@ def export(options: Namespace) -> int:
             for row in found:
                 tables.check_scores(len(scores), row)
                 scores.append(row.numpy())
-    columns = tables.columns(store) | {"self_influence": InfluenceQuery(store).self_influence(**asked).numpy()}
+    columns = example_columns(store) | {"self_influence": InfluenceQuery(store).self_influence(**asked).numpy()}
     print(write(columns, scores))
     return 0
 
@@ -175,12 +178,7 @@ def _json_arguments(parser: ArgumentParser) -> None:
 
 
 def _curvature_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--damping",
-        type=float | str,
-        default="1*mean",
-        help="added to each layer's eigenvalues: a number, or a multiple of their mean",
-    )
+    parser.add_argument("--damping", type=float | str, default="1*mean", help=dampings.HELP)
     curvatures = "ekfac, kfac, diagonal, empirical_fisher or identity"
     parser.add_argument("--curvature", type=str, default="ekfac", help=curvatures)
     parser.add_argument(
@@ -227,7 +225,7 @@ def _number_arguments(parser: ArgumentParser) -> None:
 
 
 def _target_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--to", type=str, required=True, help="where to write, ending in .csv or .npz")
+    parser.add_argument("--to", type=str, required=True, help=f"where to write, ending in {', '.join(WRITERS)}")
 
 
 COMMANDS = {

@@ -164,6 +164,20 @@ def check_table(table: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         np.testing.assert_allclose(table[name], column, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def test_answers_and_examples_make_tables(influence, tmp_path):
+    found = make_trainer(tmp_path).predict(influence, queries())
+    table, expected = influence.to_columns(found), asked(influence)
+    assert list(table) == ["query", "rank", "index", "score", "label", "loss", "step"]
+    assert table["query"].tolist() == [query for query in range(QUERIES) for _ in range(K)]
+    assert table["rank"].tolist() == [1, 2, 3] * QUERIES
+    assert table["index"].tolist() == expected.indices.flatten().tolist()
+    np.testing.assert_allclose(table["score"], expected.scores.flatten(), rtol=1e-4)
+    examples = influence.to_columns()
+    assert examples["label"].tolist() == dataset(EXAMPLES).tensors[1].tolist()
+    for name in ("label", "loss", "step"):
+        assert table[name].tolist() == examples[name][table["index"]].tolist()
+
+
 def test_a_table_has_each_query_in_order(influence, tmp_path):
     writer = AttributionWriter(tmp_path / "answers.npz")
     make_trainer(tmp_path, writer).predict(influence, queries(sampler=[3, 1, 0, 2, 6, 5, 4, 4, 3]))

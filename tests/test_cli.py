@@ -32,6 +32,7 @@ from lightning_influence.cli.dampings import damping_of
 from lightning_influence.cli.progress import progress
 from lightning_influence.errors import QueryError
 from lightning_influence.store import StoreReader
+from lightning_influence.trajectory import merge_segments
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -515,6 +516,23 @@ def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
+# merge
+
+
+def test_segments_are_merged_into_a_file_that_answers(folder, capsys, tmp_path):
+    target = tmp_path / "merged.h5"
+    line = answer(capsys, "merge", "segments.h5", f"--to={target}", "--bytes_per_example=300")
+    found = StoreReader(target)
+    assert "2 segments merged for the weights of segment 1, 100 rows of " in line
+    assert 200 < found.attributes["bytes_per_row"] <= 300
+    assert "merged by these learning rates" in answer(capsys, "info", str(target))
+    assert "sound" in answer(capsys, "verify", str(target))
+    ask = ["--checkpoint", "segments.ckpt", *ASK[2:], "asking:one_batch", "--k=5", "--json"]
+    merge_segments(StoreReader("segments.h5"), tmp_path / "other.h5", bytes_per_example=300)
+    one, other = (answer(capsys, "top", str(path), *ask) for path in (target, tmp_path / "other.h5"))
+    assert one == other
+
+
 # what it cannot do
 
 
@@ -566,6 +584,12 @@ def test_a_question_that_cannot_be_answered_is_told_in_one_line(folder, capsys, 
         (["info", "last.ckpt"], "is not HDF5"),
         (["self-influence", "influence.h5", "--top=0"], "`--top` must be at least 1, got 0"),
         (["export", "influence.h5", "--to=table.csv", *ASK, "asking:not_a_number"], "query 2: its scores are not"),
+        (
+            ["merge", "influence.h5", "--to=table.csv"],
+            "has one segment up to number 1, so there is nothing to merge",
+        ),
+        (["merge", "segments.h5", "--to=segments.h5"], "is the file that is merged"),
+        (["merge", "segments.h5", "--to=table.csv", "--bytes_per_example=0"], "must be at least 1, got 0"),
         (["export", "influence.h5", "--to=table.xls"], "`--to` must end in .csv, .npz, .parquet or .arrow"),
         (["export", "influence.h5", "--to=nowhere/table.csv"], "there is no folder"),
         (["export", "influence.h5", "--to=table.csv", "--model=command_line:Digits"], "`--checkpoint` is missing"),

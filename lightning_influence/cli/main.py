@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_influence.cli import advice, checking, dampings, facts, loading, tables
+from lightning_influence.cli.progress import progress
 from lightning_influence.errors import InfluenceError
 from lightning_influence.exports import WRITERS, example_columns
 from lightning_influence.query import InfluenceQuery
+from lightning_influence.row_choice import DEFAULT_BYTES
 from lightning_influence.store import StoreReader
+from lightning_influence.trajectory import merge_segments
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -137,6 +140,25 @@ def export(options: Namespace) -> int:
     return 0
 
 
+def merge(options: Namespace) -> int:
+    """Merge the segments of a file to one row an example, into a new file."""
+    store = StoreReader(options.file)
+    count = merge_segments(
+        store,
+        options.to,
+        weighting=options.weighting,
+        bytes_per_example=options.bytes_per_example,
+        watch=lambda chunks: progress(chunks, desc="merging"),
+    )
+    found = StoreReader(options.to)
+    print(
+        f"{options.to}: {count} segments merged for the weights of segment {store.number}, "
+        f"{found.attributes['rows_written']:,} rows of {found.attributes['bytes_per_row']:,} bytes, "
+        f"{facts.megabytes(found.path.stat().st_size)}"
+    )
+    return 0
+
+
 class Command:
     """A subcommand: what it does, in a line, and its arguments.
 
@@ -228,6 +250,17 @@ def _target_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--to", type=str, required=True, help=f"where to write, ending in {', '.join(WRITERS)}")
 
 
+def _merge_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--to", type=str, required=True, help="the new file")
+    parser.add_argument(
+        "--weighting",
+        type=Literal["learning_rate", "mean"],
+        default="learning_rate",
+        help="of epochs: by their mean learning rates, or equally",
+    )
+    parser.add_argument("--bytes_per_example", type=int, default=DEFAULT_BYTES, help="budget of a merged row")
+
+
 COMMANDS = {
     "info": Command(info, "what a file holds, of which weights, and how good it is", _json_arguments),
     "verify": Command(verify, "check structure, checksums and counts; exit code 1 if something is wrong"),
@@ -252,6 +285,11 @@ COMMANDS = {
         _target_arguments,
         _question_arguments,
         _curvature_arguments,
+    ),
+    "merge": Command(
+        merge,
+        "add up the epochs of a file that keeps several to one row an example, for the last weights",
+        _merge_arguments,
     ),
 }
 

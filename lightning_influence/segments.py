@@ -113,13 +113,19 @@ def check_is_mean(weighted: Iterable[WeightedSegment]) -> None:
     Raises:
         QueryError: naming their sum.
     """
-    total = math.fsum(each.weight for each in weighted)
-    if abs(total - 1) > SUM_TOLERANCE:
+    weighted = list(weighted)
+    if not is_mean(weighted):
+        total = math.fsum(each.weight for each in weighted)
         raise QueryError(
             f"the weights of `segments` must sum to 1 for `removal_effect`, got {total:.6g}: each segment "
             "predicts the whole effect, so that only a weighted mean of them has its units. Divide the weights by "
             'their sum, or pass "learning_rate" or "mean".'
         )
+
+
+def is_mean(weighted: Iterable[WeightedSegment]) -> bool:
+    """Whether weights sum to 1."""
+    return abs(math.fsum(each.weight for each in weighted) - 1) <= SUM_TOLERANCE
 
 
 def _weights(store: StoreReader, segments: Segments) -> dict[int, float]:

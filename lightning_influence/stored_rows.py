@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.codecs import Codec
 from lightning_influence.errors import QueryError
+from lightning_influence.store.pages import release
 
 KEPT_BYTES = 256 * 2**20  # of inner products, of all layers together, for the next damping
 BLOCK_ELEMENTS = 8 * 2**20  # of rows as vectors: 64 MB in float64
@@ -91,4 +92,6 @@ class StoredRows:
     def _read(self, part: slice) -> dict[str, Tensor]:
         places = self._places[part]
         arrays = {name: torch.from_numpy(np.array(array[places])) for name, array in self._maps.items()}
+        for array in self._maps.values():
+            release(array[places[0] : places[-1] + 1])
         return {name: array.to(self._device) for name, array in arrays.items()}

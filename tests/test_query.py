@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_influence import query as query_module
 from lightning_influence.curvature import AbsoluteDamping, HeuristicDamping
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.layers import track_layers
@@ -146,7 +145,7 @@ def test_chunk_size_does_not_matter(
     recorded: InfluenceQuery, asked: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = recorded.scores(asked), recorded.self_influence()
-    monkeypatch.setattr(query_module, "CHUNK_EXAMPLES", 5)
+    monkeypatch.setattr("lightning_influence.query.asked.rows_at_once", lambda codecs, queries, budget: 5)
     close(recorded.scores(asked), whole[0], share=1e-5)
     close(recorded.self_influence(), whole[1], share=1e-5)
 

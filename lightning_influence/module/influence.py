@@ -13,17 +13,28 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_influence.attachment import find_store, matching_segment
-from lightning_influence.curvature import AnyDamping, Curvature
 from lightning_influence.damping_advice import DampingAdvice
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.fisher import describe_fisher
+from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage
 from lightning_influence.module.ensemble import Average, InfluenceEnsemble
 from lightning_influence.module.hosted import HostedModel
-from lightning_influence.query import DEFAULT_DAMPING, Attribution, described_layers
-from lightning_influence.segments import Segments
+from lightning_influence.query import (
+    MEMORY_BUDGET,
+    Attribution,
+    GroupAttribution,
+    Groups,
+    InfluenceQuery,
+    QueryOptions,
+    ScoreOptions,
+    Subset,
+    described_layers,
+    parse_bytes,
+)
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement
 
@@ -43,7 +54,14 @@ class InfluenceModule(HostedModel):
     Args:
         model: the trained model.
         store: its file.
+
+    Attributes:
+        memory_budget: what a question may take beyond the model, the file's factors, the queries' gradients and
+            what it returns: bytes, or such as "1GB", the default. It does not grow with N, but for
+            `curvature="empirical_fisher"`, whose matrix is of the rows.
     """
+
+    memory_budget: str | int = MEMORY_BUDGET
 
     @classmethod
     def attach(cls, model: nn.Module, store: str | os.PathLike[str] | StoreReader) -> InfluenceModule:
@@ -107,11 +125,10 @@ class InfluenceModule(HostedModel):
         self,
         batch: Any,
         *,
-        damping: AnyDamping = ...,
-        curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
-        segments: Segments = ...,
         per_layer: Literal[False] = ...,
+        per_token: bool = ...,
+        **options: Unpack[ScoreOptions],
     ) -> Tensor: ...
 
     @overload
@@ -119,69 +136,53 @@ class InfluenceModule(HostedModel):
         self,
         batch: Any,
         *,
-        damping: AnyDamping = ...,
-        curvature: str | Curvature = ...,
         measurement: Measurement | None = ...,
-        segments: Segments = ...,
         per_layer: Literal[True],
+        per_token: bool = ...,
+        **options: Unpack[ScoreOptions],
     ) -> dict[str, Tensor]: ...
 
     def scores(
         self,
         batch: Any,
         *,
-        damping: AnyDamping = DEFAULT_DAMPING,
-        curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
-        segments: Segments = None,
         per_layer: bool = False,
+        per_token: bool = False,
+        **options: Unpack[ScoreOptions],
     ) -> Tensor | dict[str, Tensor]:
         """Scores of every training example for every query in the batch.
 
         Args:
             batch: q queries, as `training_step` takes a batch (labels are part of the question:
                 "why this answer?" takes the answer as the label).
-            damping: added to each layer's eigenvalues: a rule, by default their mean, a number, or
-                a mapping from layers' names or patterns to these. Another one needs no new capture;
-                `recommend_damping` says which to take.
-            curvature: "ekfac", "kfac", "diagonal" (of the parameters), "empirical_fisher" (the rows' own, which
-                wants more damping: start at `HeuristicDamping(10.0)`) or "identity" (plain dot products of
-                gradients).
             measurement: `measurement(model, batch) -> [q]`, to ask about anything else than the
                 log-likelihood, such as a margin; row j must depend on query j only.
-            segments: of a file that holds several epochs, which to ask. None or "last": that of the
-                model's weights. "learning_rate" or "mean": the mean over it and all before it, weighted by
-                their mean learning rates, or equally: TracIn's sum over checkpoints, but for the query's
-                gradient, which stays that of the model's weights. A mapping {segment number: weight}: the
-                sum of weight times scores, as given. An epoch that did not train on an example adds nothing
-                to its score; one that was resumed or cut short, and lacks its row, makes it NaN.
             per_layer: return what each layer adds to the scores, by its name.
+            per_token: return what each position (token) of the training examples adds, for rows that keep
+                positions apart: those of `InfluenceCallback(codec="pairs")`. A layer used on vectors has one.
+            options: `damping`, `curvature`, `segments`, `layers`, `subset`: see `ScoreOptions`.
 
         Returns:
-            Shape [q, N], on the CPU; NaN for training examples without a valid row.
+            Shape [q, N], with `subset` [q, len(subset)] in its order, with `per_token` [..., s]; on the CPU; NaN
+            for training examples without a valid row.
 
         Raises:
-            QueryError: if the queries' gradients cannot be had, or the file lacks what `segments` asks for.
+            QueryError: if the queries' gradients cannot be had, or the file lacks what is asked for.
         """
-        gradients = self._gradients(self._transferred(batch), measurement)
+        gradients = self._queries(batch, measurement)
         ask = self._engine().scores_by_layer if per_layer else self._engine().scores
-        return ask(gradients, damping=damping, curvature=curvature, segments=segments)
+        return ask(gradients, per_token=per_token, **options)
 
     def scores_by_segment(
-        self,
-        batch: Any,
-        *,
-        damping: AnyDamping = DEFAULT_DAMPING,
-        curvature: str | Curvature = "ekfac",
-        measurement: Measurement | None = None,
+        self, batch: Any, *, measurement: Measurement | None = None, **options: Unpack[ScoreOptions]
     ) -> dict[int, Tensor]:
         """Influence over time: scores of the model's segment and of each before it, by segment number.
 
-        Arguments as in `scores`; the query's gradients are those of the model's weights in each. NaN for
-        training examples without a valid row in that segment.
+        Arguments as in `scores`, without `segments`; the query's gradients are those of the model's weights in
+        each. NaN for training examples without a valid row in that segment.
         """
-        gradients = self._gradients(self._transferred(batch), measurement)
-        return self._engine().scores_by_segment(gradients, damping=damping, curvature=curvature)
+        return self._engine().scores_by_segment(self._queries(batch, measurement), **options)
 
     def top_k(
         self,
@@ -189,40 +190,31 @@ class InfluenceModule(HostedModel):
         k: int = 10,
         *,
         largest: bool = True,
-        damping: AnyDamping = DEFAULT_DAMPING,
-        curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
-        segments: Segments = None,
+        **options: Unpack[ScoreOptions],
     ) -> Attribution:
-        """The k training examples with the largest scores (`largest=False`: the smallest)."""
-        self._engine().check_k(k, segments)
-        gradients = self._gradients(self._transferred(batch), measurement)
-        options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
-        return self._engine().top_k(gradients, k, largest=largest, **options)
+        """The k training examples with the largest scores (`largest=False`: the smallest).
 
-    def self_influence(
-        self,
-        *,
-        damping: AnyDamping = DEFAULT_DAMPING,
-        curvature: str | Curvature = "ekfac",
-        segments: Segments = None,
-    ) -> Tensor:
-        """How much each training example bends the model for itself, shape [N].
-
-        Mislabelled and atypical examples come out on top. With `segments`, as in `scores`, it is summed over
-        epochs, each with the gradients of its own rows.
+        Ties go to the lower index. Memory does not grow with the training set; other arguments as in `scores`.
         """
-        return self._engine().self_influence(damping=damping, curvature=curvature, segments=segments)
+        self._engine().check_k(k, options.get("segments"), options.get("subset"))
+        return self._engine().top_k(self._queries(batch, measurement), k, largest=largest, **options)
+
+    def self_influence(self, **options: Unpack[ScoreOptions]) -> Tensor:
+        """How much each training example bends the model for itself, shape [N] or [len(subset)].
+
+        Mislabelled and atypical examples come out on top. With `segments` it is summed over epochs, each with
+        the gradients of its own rows. Options as in `scores`; one pass over the file.
+        """
+        return self._engine().self_influence(**options)
 
     def removal_effect(
         self,
         batch: Any,
-        indices: Tensor | np.ndarray | list[int],
+        indices: Subset,
         *,
-        damping: AnyDamping = DEFAULT_DAMPING,
-        curvature: str | Curvature = "ekfac",
         measurement: Measurement | None = None,
-        segments: Segments = None,
+        **options: Unpack[QueryOptions],
     ) -> Tensor:
         """Predicted change of each query's measurement if these training examples were removed.
 
@@ -231,11 +223,9 @@ class InfluenceModule(HostedModel):
 
         Args:
             batch: q queries.
-            indices: dataset indices to remove together, each once.
-            damping: as in `scores`.
-            curvature: as in `scores`.
+            indices: dataset indices to remove together, each once, or a mask bool [N].
             measurement: as in `scores`.
-            segments: as in `scores`; of several, the weighted mean of their predictions.
+            options: as in `scores`, without `subset`; of several segments, the weighted mean of their predictions.
 
         Returns:
             Shape [q].
@@ -244,9 +234,48 @@ class InfluenceModule(HostedModel):
             QueryError: if an index has no valid row or occurs twice; if the weights of `segments` do not
                 sum to 1, since there is then no scale.
         """
-        gradients = self._gradients(self._transferred(batch), measurement)
-        options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
-        return self._engine().removal_effect(gradients, indices, **options)
+        return self._engine().removal_effect(self._queries(batch, measurement), indices, **options)
+
+    def group_scores(
+        self,
+        batch: Any,
+        groups: Groups,
+        *,
+        measurement: Measurement | None = None,
+        **options: Unpack[QueryOptions],
+    ) -> GroupAttribution:
+        """What groups of training examples (classes, sources, any labels) add up to, in one pass over the file.
+
+        Args:
+            batch: q queries.
+            groups: a label for each training example, [N], or a mapping from names to dataset indices or masks,
+                which may overlap.
+            measurement: as in `scores`.
+            options: as in `scores`, without `subset`.
+
+        Returns:
+            Names, sums of scores [q, groups], predicted effects of removing each group [q, groups] and how many
+            examples are in each sum: those with a valid row.
+
+        Raises:
+            QueryError: if the groups do not fit the file.
+        """
+        return self._engine().group_scores(self._queries(batch, measurement), groups, **options)
+
+    def scores_between(
+        self, indices: Subset, other_indices: Subset | None = None, **options: Unpack[QueryOptions]
+    ) -> Tensor:
+        """Scores of training examples for training examples, from their stored rows, shape [m, n].
+
+        Symmetric for the same indices, with `self_influence` on the diagonal, to rounding; NaN for training
+        examples without a valid row.
+
+        Args:
+            indices: dataset indices, each once, or a mask bool [N].
+            other_indices: likewise; None for the same.
+            options: as in `scores`, without `subset`.
+        """
+        return self._engine().scores_between(indices, other_indices, **options)
 
     def recommend_damping(self) -> DampingAdvice:
         """Which damping to ask this file with, and how much that matters; nothing but the file is read.
@@ -294,6 +323,24 @@ class InfluenceModule(HostedModel):
         if len(self.store.segments) > 1:
             lines.insert(1, f"this is epoch {self.store.number} of {', '.join(map(str, self.store.segments))}")
         return "\n".join(lines)
+
+    def _engine(self) -> InfluenceQuery:
+        engine = super()._engine()
+        engine.memory_budget = parse_bytes(self.memory_budget)
+        return engine
+
+    def _queries(self, batch: Any, measurement: Measurement | None) -> dict[str, LayerGradient]:
+        """The queries' gradients of a batch that is anywhere, as a data loader has it."""
+        return self._gradients(self._transferred(batch), measurement)
+
+    def _gradients(self, batch: Any, measurement: Measurement | None) -> dict[str, LayerGradient]:
+        inference = [name for name, parameter in self.model.named_parameters() if parameter.is_inference()]
+        if inference:
+            raise QueryError(
+                f"{', '.join(inference[:3])} of {type(self.model).__name__} were made in `torch.inference_mode()` "
+                "and cannot have gradients; make or load the model outside of it."
+            )
+        return super()._gradients(batch, measurement)
 
 
 def _staleness_text(facts: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from lightning_influence.errors import (
     StoreNotFoundError,
 )
 from lightning_influence.store.checks import Extent, Structure, has_segments, read_structures
+from lightning_influence.store.pages import release
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _Value = TypeVar("_Value")
@@ -170,7 +171,9 @@ class StoreReader:
         return cast(np.memmap, part.view(extent.dtype).reshape(extent.shape))
 
     def _verify(self, where: str, extent: Extent) -> None:
-        found = zlib.crc32(self._bytes[extent.offset : extent.offset + extent.nbytes].data)
+        part = self._bytes[extent.offset : extent.offset + extent.nbytes]
+        found = zlib.crc32(part.data)
+        release(part)
         if found != extent.crc32:
             raise CorruptStoreError(
                 f"{self.path}: {where} has checksum {found:08x}, expected {extent.crc32:08x}. "

@@ -1,0 +1,91 @@
+"""Preconditioned queries of each layer, ready to meet rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_influence.codecs import PairsCodec
+from lightning_influence.curvature import Curvature, Damping
+from lightning_influence.errors import QueryError
+from lightning_influence.functional.products import inner_products
+from lightning_influence.gradients import FactoredGradient, LayerGradient
+from lightning_influence.query.budget import preconditioned_at_once
+from lightning_influence.scoring import ScoredLayer
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """The queries of one layer of a segment.
+
+    Args:
+        layer: its factors and codec.
+        projected: q queries, as the codec takes them.
+    """
+
+    layer: ScoredLayer
+    projected: Tensor
+
+    def scores(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Scores of rows, shape [q, n]."""
+        return self.layer.scores(self.projected, arrays)
+
+    def position_scores(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """What each position of the rows adds to its score, shape [q, n, s]; of rows that are pairs."""
+        codec = self.layer.codec
+        assert isinstance(codec, PairsCodec)  # as `check_positions` has it
+        rows = codec.decode_gradient(arrays)
+        each = FactoredGradient(rows.inputs.flatten(0, 1)[:, None], rows.output_grads.flatten(0, 1)[:, None])
+        return inner_products(each, self.projected).unflatten(1, (len(rows), rows.positions))
+
+
+class AnswerOfLayer(Protocol):
+    """`PreparedLayer.scores` or `PreparedLayer.position_scores`."""
+
+    def __call__(self, layer: PreparedLayer, arrays: Mapping[str, Tensor], /) -> Tensor:
+        """What the layer says of rows."""
+
+
+def prepare(
+    layer: ScoredLayer, query: LayerGradient, curvature: Curvature, damping: Damping, budget: int
+) -> PreparedLayer:
+    """Precondition a layer's queries, in float32, some at a time."""
+    step = preconditioned_at_once(layer, budget)
+    parts = [
+        layer.precondition(_as_float32(query[start : start + step], layer.Lambda), curvature, damping)
+        for start in range(0, len(query), step)
+    ]
+    return PreparedLayer(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def _as_float32(query: LayerGradient, like: Tensor) -> LayerGradient:
+    """The gradients where the factors are, and of their dtype."""
+    tensors = [t.to(like if t.is_floating_point() else like.device) for t in query.tensors]
+    return query.with_tensors(tensors)
+
+
+def check_positions(layers: Mapping[str, ScoredLayer], where: str, added_up: bool) -> None:
+    """Refuse `per_token` of rows that do not keep their positions apart, or not as many where they are added up.
+
+    Raises:
+        QueryError: naming the layers, and how to capture.
+    """
+    codecs = {name: layer.codec for name, layer in layers.items()}
+    summed = [f"{name} ({codec.codec_id})" for name, codec in codecs.items() if not isinstance(codec, PairsCodec)]
+    if summed:
+        raise QueryError(
+            f"`per_token` needs rows that keep positions apart, but those of {', '.join(summed)} in {where} are "
+            'sums over positions. Capture with `InfluenceCallback(codec="pairs")` and without merging epochs, or '
+            "choose other `layers`."
+        )
+    positions = {name: codec.positions for name, codec in codecs.items() if isinstance(codec, PairsCodec)}
+    if added_up and len(set(positions.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in positions.items())
+        raise QueryError(
+            f"`per_token` needs layers with the same number of positions, but those of {where} have ({listed}); "
+            "choose some by `layers`, or pass `per_layer=True` as well."
+        )

@@ -164,6 +164,69 @@ def test_a_table_has_the_labels(models, batch):
     assert ensemble.to_columns()["label"].tolist() == labels.tolist()  # each example was seen by some model
 
 
+@pytest.mark.parametrize("average", ["mean", "standardized"])
+@pytest.mark.parametrize("is_mapping", [False, True])
+def test_groups_are_sums_of_the_mean_scores(models, batch, average, is_mapping):
+    ensemble = InfluenceModule.ensemble(models, average=average)
+    scores = ensemble.scores(batch).numpy()
+    members = {"odd": [n for n in range(EXAMPLES) if n % 2], "some": [3, 1, 20], "none": []}
+    groups: Any = members
+    if not is_mapping:
+        groups = np.arange(EXAMPLES) % 3
+        members = {number: np.flatnonzero(groups == number).tolist() for number in range(3)}
+    found = ensemble.group_scores(batch, groups)
+    assert found.groups == list(members)
+    assert found.counts.tolist() == [len(own) for own in members.values()]
+    for number, own in enumerate(members.values()):
+        expected = scores[:, own].sum(1) if own else np.full(len(scores), np.nan)
+        np.testing.assert_allclose(found.scores[:, number], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_effects_of_groups_that_all_models_know_are_those_of_their_removal(models, batch):
+    ensemble, known = InfluenceModule.ensemble(models), held_by_all(models, batch)
+    found = ensemble.group_scores(batch, {"one": known[:3], "other": known[3:5]})
+    for number, own in enumerate((known[:3], known[3:5])):
+        torch.testing.assert_close(found.removal_effects[:, number], ensemble.removal_effect(batch, own))
+
+
+def test_groups_that_do_not_fit_are_refused(models, batch):
+    with pytest.raises(QueryError, match="one label for each of the 22 examples"):
+        InfluenceModule.ensemble(models).group_scores(batch, [0, 1])
+
+
+def test_scores_between_examples_are_the_mean(models):
+    each = np.stack([model.scores_between([1, 5, 9], [2, 3]) for model in models])
+    found = InfluenceModule.ensemble(models).scores_between([1, 5, 9], [2, 3])
+    np.testing.assert_allclose(found, np.nanmean(each, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("average", ["mean", "standardized"])
+def test_a_subset_has_the_scores_of_all(models, batch, average):
+    ensemble, subset = InfluenceModule.ensemble(models, average=average), [9, 2, 17, 4]
+    expected = ensemble.scores(batch)[:, subset]
+    torch.testing.assert_close(ensemble.scores(batch, subset=subset), expected, equal_nan=True)
+    found = ensemble.top_k(batch, 3, subset=subset)
+    order = expected.sort(1, descending=True)
+    assert found.indices.tolist() == torch.tensor(subset)[order.indices[:, :3]].tolist()
+    torch.testing.assert_close(found.scores, order.values[:, :3])
+    with pytest.raises(ValueError, match=r"`k` must be an integer from 1 to 4"):
+        ensemble.top_k(batch, 5, subset=subset)
+
+
+def test_layers_can_be_chosen(models, batch):
+    ensemble = InfluenceModule.ensemble(models)
+    expected = ensemble.scores(batch, per_layer=True)["layers.2"]
+    torch.testing.assert_close(ensemble.scores(batch, layers="layers.2"), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("average", ["mean", "standardized"])
+def test_positions_add_up(models, batch, average):
+    ensemble = InfluenceModule.ensemble(models, average=average)
+    found = ensemble.scores(batch, per_token=True)
+    assert found.shape == (3, EXAMPLES, 1)
+    torch.testing.assert_close(found[..., 0], ensemble.scores(batch), equal_nan=True)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ the others by the size of its scores alone. Both are means, so that units stay w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from lightning_influence.errors import QueryError
 from lightning_influence.exports import UNKNOWN_LABEL, example_labels, ranked_columns
 from lightning_influence.functional.ranking import top_k
-from lightning_influence.query import Attribution
+from lightning_influence.query import Attribution, GroupAttribution, Groups, Subset
+from lightning_influence.query.places import as_indices
+from lightning_influence.segments import Segments, answerable, weighted_segments
 from lightning_influence.store import StoreReader
 
 Average = Literal["mean", "standardized"]
 AVERAGES = ("mean", "standardized")
+_OF_PARTS = ("subset", "per_layer", "per_token")  # options whose answers are not the scores of all examples
 
 
 class InfluenceEnsemble(LightningModule):
@@ -53,7 +56,8 @@ class InfluenceEnsemble(LightningModule):
         if average not in AVERAGES:
             raise ValueError(f"`average` must be one of {AVERAGES}, got {average!r}.")
         self.average = average
-        self._labels = _common_labels([cast(StoreReader, model.store) for model in models])
+        stores = [cast(StoreReader, model.store) for model in models]
+        self._labels, self._where = _common_labels(stores), str(stores[0].path)
         self.models = nn.ModuleList(models)
         self.query_options: dict[str, Any] = {}
 
@@ -73,6 +77,11 @@ class InfluenceEnsemble(LightningModule):
 
         Unlike that of a single model, it holds the scores of all examples by all models, [q, N] each.
         """
+        subset = options.pop("subset", None)
+        examples = np.arange(len(self._labels))
+        if subset is not None:
+            examples = np.sort(as_indices(subset, len(examples), "subset", self._where))
+            options["subset"] = examples  # in the dataset's order, so that ties go to the lower index
         scores = self.scores(batch, **options)
         rows = int((~scores.isnan()).any(0).sum())
         if not rows:
@@ -80,12 +89,33 @@ class InfluenceEnsemble(LightningModule):
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= rows:
             raise ValueError(f"`k` must be an integer from 1 to {rows}, the number of examples, got {k!r}.")
         values, places = top_k(scores, k, largest=largest)
-        return Attribution(places, values)
+        return Attribution(torch.from_numpy(examples)[places], values)
 
     def self_influence(self, **options: Any) -> Tensor:
         """The plain mean, [N]; arguments as in `InfluenceModule.self_influence`."""
-        found = [model.self_influence(**options) for model in self._members]
-        return _weighted_mean(found, [torch.ones(1)] * len(found))
+        return _plain_mean([model.self_influence(**options) for model in self._members])
+
+    def scores_between(self, indices: Subset, other_indices: Subset | None = None, **options: Any) -> Tensor:
+        """The plain mean, [m, n]; arguments as in `InfluenceModule.scores_between`."""
+        return _plain_mean([model.scores_between(indices, other_indices, **options) for model in self._members])
+
+    def group_scores(self, batch: Any, groups: Groups, **options: Any) -> GroupAttribution:
+        """Sums of the mean scores over groups of examples, as `InfluenceModule.group_scores`.
+
+        Each model adds up, in one pass, those examples of a group that the same models have rows of.
+        """
+        known = np.stack([_answerable(model.store, options.get("segments")) for model in self._members])
+        names, parts = _parts_of_groups(groups, known, self._where)
+        weights = self._weights(batch, options)
+        found = [model.group_scores(batch, parts, **options) for model in self._members]
+        scores = _joined_parts([each.scores for each in found], weights, parts, len(names))
+        effects = None
+        if all(each.removal_effects is not None for each in found):
+            effects = _joined_parts([each.removal_effects for each in found], weights, parts, len(names))
+        counts, by_any = torch.zeros(len(names), dtype=torch.int64), np.logical_or.reduce(known)
+        for (number, _), members in parts.items():
+            counts[number] += int(by_any[members].sum())
+        return GroupAttribution(names, scores, effects, counts)
 
     def removal_effect(self, batch: Any, indices: Tensor | np.ndarray | list[int], **options: Any) -> Tensor:
         """Mean predicted change of each query's measurement, [q]; as `InfluenceModule.removal_effect`.
@@ -130,8 +160,8 @@ class InfluenceEnsemble(LightningModule):
         """
         if self.average == "mean":
             return [torch.ones(1)] * len(self.models)
-        if found is None or options.get("per_layer") or options.get("subset") is not None:
-            others = {key: value for key, value in options.items() if key not in ("per_layer", "subset")}
+        if found is None or any(options.get(name) is not None for name in _OF_PARTS):
+            others = {key: value for key, value in options.items() if key not in _OF_PARTS}
             found = [model.scores(batch, **others) for model in self._members]
         spreads = torch.stack([_spread(scores) for scores in found])
         weights = torch.where(spreads > 0, 1 / spreads, 0.0)
@@ -143,10 +173,14 @@ def _weighted_mean(found: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor
     total: Tensor | float = 0.0
     counted: Tensor | float = 0.0
     for values, weight in zip(found, weights, strict=True):
-        is_known = ~values.isnan()
+        is_known, weight = ~values.isnan(), weight.view(-1, *[1] * (values.ndim - 1))
         total = total + weight * values.masked_fill(~is_known, 0.0)
         counted = counted + weight * is_known
     return cast(Tensor, total / counted)
+
+
+def _plain_mean(found: Sequence[Tensor]) -> Tensor:
+    return _weighted_mean(found, [torch.ones(1)] * len(found))
 
 
 def _spread(scores: Tensor) -> Tensor:
@@ -186,3 +220,53 @@ def _common_labels(stores: Sequence[StoreReader]) -> np.ndarray:
             )
         labels = np.where(labels == UNKNOWN_LABEL, own, labels)
     return labels
+
+
+def _answerable(store: StoreReader, segments: Segments) -> np.ndarray:
+    """Which examples a model has scores of, bool [N]."""
+    return answerable(each.store for each in weighted_segments(store, segments))
+
+
+def _parts_of_groups(
+    groups: Groups, known: np.ndarray, where: str
+) -> tuple[list[Hashable], dict[tuple[int, int], np.ndarray]]:
+    """Groups, and their examples apart by which models know them.
+
+    Args:
+        groups: as `InfluenceModule.group_scores` takes them.
+        known: bool [models, N].
+        where: for messages.
+
+    Returns:
+        The groups' names, and by a group's number and a set of models the dataset indices.
+    """
+    if isinstance(groups, Mapping):
+        members = [as_indices(own, known.shape[1], f"groups[{name!r}]", where) for name, own in groups.items()]
+        names = list(groups)
+    else:
+        labels = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
+        if labels.shape != (known.shape[1],):
+            raise QueryError(
+                f"`groups` must have one label for each of the {known.shape[1]} examples of {where}, or be a "
+                f"mapping from names to their indices, got shape {labels.shape}."
+            )
+        names = np.unique(labels).tolist()
+        members = [np.flatnonzero(labels == name) for name in names]
+    patterns = np.unique(known, axis=1, return_inverse=True)[1].reshape(-1)
+    parts = {}
+    for number, own in enumerate(members):
+        for pattern in np.unique(patterns[own]).tolist():
+            parts[number, pattern] = own[patterns[own] == pattern]
+    return names, parts
+
+
+def _joined_parts(
+    found: Sequence[Tensor], weights: Sequence[Tensor], parts: Iterable[tuple[int, int]], count: int
+) -> Tensor:
+    """Sums over groups, [q, groups], of sums over their parts by each model, [q, parts]."""
+    mean = _weighted_mean(found, weights)
+    numbers = torch.tensor([number for number, _ in parts])
+    sums = torch.zeros(len(mean), count).index_add_(1, numbers, mean.nan_to_num(nan=0.0))
+    is_known = torch.zeros(count, dtype=torch.bool)
+    is_known[numbers[(~mean.isnan()).any(0)]] = True
+    return sums.masked_fill(~is_known, torch.nan)

@@ -400,6 +400,9 @@ def test_bottom_gives_the_smallest_scores_too(folder, capsys, influence, query):
         (["--curvature", "kfac"], {"curvature": "kfac"}),
         (["--curvature=identity"], {"curvature": "identity"}),
         (["--segments", "{1: 2.0}"], {"segments": {1: 2.0}}),
+        (["--layers", "[net.2]"], {"layers": ["net.2"]}),
+        (["--layers=[net.*]"], {}),
+        (["--subset", "5:40,100,41"], {"subset": [*range(5, 40), 100, 41]}),
         (["--measurement", "asking:first_logit"], {"measurement": lambda model, batch: model.net(batch[0])[:, 0]}),
     ],
 )
@@ -453,6 +456,23 @@ def test_self_influence_comes_in_order(folder, capsys, influence):
     np.testing.assert_allclose([each["self_influence"] for each in found], values[best], rtol=1e-5)
     text = answer(capsys, "self-influence", "influence.h5", "--top=5", "--damping=0.05")
     assert [line.split()[1] for line in text.splitlines()] == ["index", *map(str, best)]
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "empirical_fisher"])
+def test_self_influence_of_some_examples_and_layers(folder, capsys, influence, curvature):
+    subset = [*range(100, 120), 7]
+    options = {"layers": ["net.2"], "curvature": curvature}
+    values = influence.self_influence(subset=subset, **options).numpy()
+    ask = ["--top=3", "--subset=100:120,7", "--layers=[net.2]", f"--curvature={curvature}", "--json"]
+    found = json.loads(answer(capsys, "self-influence", "influence.h5", *ask))
+    best = np.argsort(-values)[:3]
+    assert [each["index"] for each in found] == [subset[place] for place in best]
+    np.testing.assert_allclose([each["self_influence"] for each in found], values[best], rtol=1e-5)
+
+
+def test_fewer_examples_than_are_shown_by_default_are_all_shown(folder, capsys):
+    ask = ["top", "influence.h5", *ASK, "asking:one_batch", "--json", "--subset=3:7"]
+    assert [len(entry["top"]) for entry in json.loads(answer(capsys, *ask))] == [4, 4, 4]
 
 
 def test_examples_without_rows_are_left_out(capsys):
@@ -563,6 +583,12 @@ def test_segments_are_merged_into_a_file_that_answers(folder, capsys, tmp_path):
         ([*ASK, "asking:loader", "--damping=2*much"], "`--damping` must be a positive number"),
         ([*ASK, "asking:loader", "--curvature=flat"], "`curvature` must be one of"),
         ([*ASK, "asking:loader", "--segments={5: 1.0}"], "`segments` names 5"),
+        ([*ASK, "asking:loader", "--layers=[conv]"], "`layers` must be names or patterns of layers"),
+        ([*ASK, "asking:loader", "--subset=many"], "`--subset` must be indices and ranges such as 0:100,205"),
+        ([*ASK, "asking:loader", "--subset=5:5"], "`--subset 5:5` must name examples from 0 to 1436"),
+        ([*ASK, "asking:loader", "--subset=1430:1438"], "must name examples from 0 to 1436"),
+        ([*ASK, "asking:loader", "--subset=1:4,2"], "names an example twice"),
+        ([*ASK, "asking:loader", "--k=5", "--subset=1:4"], "`k` must be an integer from 1 to 3"),
         ([*ASK, "asking:loader", "--k=0"], "`k` must be an integer from 1 to 1437"),
         ([*ASK, "asking:loader", "--measurement=asking:not_a_function"], "must name a function of (model, batch)"),
         (

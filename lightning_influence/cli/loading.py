@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_influence.cli.dampings import damping_of
+from lightning_influence.cli.examples import subset_of
 from lightning_influence.cli.progress import progress
 from lightning_influence.curvature import get_curvature
 from lightning_influence.errors import InfluenceError, QueryError
 from lightning_influence.module import InfluenceModule
+from lightning_influence.store import StoreReader
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -95,7 +97,7 @@ def batches(options: Namespace) -> Iterator[Any]:
 
 
 def asked(options: Namespace) -> dict[str, Any]:
-    """`damping`, `curvature` and `segments`, as queries take them.
+    """`damping`, `curvature`, `segments` and `layers`, as queries take them.
 
     Raises:
         ValueError: if there is no such damping or curvature.
@@ -104,7 +106,17 @@ def asked(options: Namespace) -> dict[str, Any]:
         "damping": damping_of(options.damping),
         "curvature": get_curvature(options.curvature),
         "segments": options.segments,
+        "layers": options.layers,
     }
+
+
+def asked_subset(options: Namespace, store: StoreReader) -> dict[str, Any]:
+    """`subset`, as queries take it, if there is one.
+
+    Raises:
+        ValueError: if it names no examples of the file.
+    """
+    return {} if options.subset is None else {"subset": subset_of(options.subset, store.num_examples)}
 
 
 def measured(options: Namespace) -> dict[str, Callable | None]:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_influence.cli import advice, checking, dampings, facts, loading, tables
+from lightning_influence.cli import advice, checking, dampings, examples, facts, loading, tables
 from lightning_influence.cli.progress import progress
 from lightning_influence.errors import InfluenceError
 from lightning_influence.exports import WRITERS, example_columns
-from lightning_influence.query import InfluenceQuery
 from lightning_influence.row_choice import DEFAULT_BYTES
 from lightning_influence.store import StoreReader
 from lightning_influence.trajectory import merge_segments
@@ -87,9 +86,12 @@ def top(options: Namespace) -> int:
     """Print the examples with the largest, and the smallest, scores of each query."""
     asked = loading.asked(options) | loading.measured(options)
     influence = loading.load_influence(options)
+    asked |= loading.asked_subset(options, influence.store)
     ends = {"top": True, "bottom": False} if options.bottom else {"top": True}
     queries: list[dict[str, Any]] = []
-    k = min(DEFAULT_K, _valid_rows(influence.store)) if options.k is None else options.k
+    k = options.k
+    if k is None:
+        k = min(DEFAULT_K, _valid_rows(influence.store, asked.get("subset")))
     for batch in loading.batches(options):
         found = {end: influence.top_k(batch, k, largest=largest, **asked) for end, largest in ends.items()}
         for row in range(len(found["top"].indices)):
@@ -102,9 +104,10 @@ def top(options: Namespace) -> int:
     return 0
 
 
-def _valid_rows(store: StoreReader) -> int:
+def _valid_rows(store: StoreReader, subset: np.ndarray | None) -> int:
     """At least 1, so that a file without any is refused as ever."""
-    return max(1, int((store.column("written").astype(bool) & store.column("valid").astype(bool)).sum()))
+    valid = store.column("written").astype(bool) & store.column("valid").astype(bool)
+    return max(1, int((valid if subset is None else valid[subset]).sum()))
 
 
 def self_influence(options: Namespace) -> int:
@@ -112,9 +115,10 @@ def self_influence(options: Namespace) -> int:
     if options.top < 1:
         raise ValueError(f"`--top` must be at least 1, got {options.top}.")
     store = StoreReader(options.file)
-    values = InfluenceQuery(store).self_influence(**loading.asked(options))
-    indices = tables.largest(values, options.top)
-    found = tables.records(store, indices, self_influence=values[indices])
+    asked = loading.asked(options) | loading.asked_subset(options, store)
+    indices, values = examples.self_influence_of(store, asked)
+    best = tables.largest(values, options.top)
+    found = tables.records(store, indices[best], self_influence=values[best])
     _print(found, tables.table(found), options.json)
     return 0
 
@@ -135,7 +139,7 @@ def export(options: Namespace) -> int:
             for row in found:
                 tables.check_scores(len(scores), row)
                 scores.append(row.numpy())
-    columns = example_columns(store) | {"self_influence": InfluenceQuery(store).self_influence(**asked).numpy()}
+    columns = example_columns(store) | {"self_influence": examples.self_influence_of(store, asked)[1].numpy()}
     print(write(columns, scores))
     return 0
 
@@ -210,6 +214,16 @@ def _curvature_arguments(parser: ArgumentParser) -> None:
         help="which epochs of a file that keeps several, or {epoch: weight}",
     )
 
+    parser.add_argument(
+        "--layers",
+        type=list[str] | None,
+        help="names or patterns of the layers to sum over, such as '[encoder.*, head]'; all by default",
+    )
+
+
+def _subset_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--subset", type=str | None, help=examples.HELP)
+
 
 def _question_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=str | None, help="Lightning checkpoint with the file's weights")
@@ -270,6 +284,7 @@ COMMANDS = {
         _question_arguments,
         _top_arguments,
         _curvature_arguments,
+        _subset_arguments,
         _json_arguments,
     ),
     "self-influence": Command(
@@ -277,6 +292,7 @@ COMMANDS = {
         "the examples that bend the model most for themselves; look at their labels",
         _number_arguments,
         _curvature_arguments,
+        _subset_arguments,
         _json_arguments,
     ),
     "export": Command(

@@ -28,6 +28,7 @@ from lightning_influence import (
     WeightDecayDamping,
 )
 from lightning_influence.cli import main
+from lightning_influence.cli import progress as progress_module
 from lightning_influence.cli.dampings import damping_of
 from lightning_influence.cli.progress import progress
 from lightning_influence.errors import QueryError
@@ -682,6 +683,26 @@ def test_progress_is_for_terminals_and_for_what_takes_over_a_second(monkeypatch,
     assert sys.stderr.getvalue() == ""
     assert [time.sleep(seconds) for seconds in progress([0.6, 0.6])] == [None, None]
     assert "2/2" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bar"),
+    [
+        (["self-influence", "influence.h5", "--json"], "self-influence: "),
+        (["top", "influence.h5", *ASK, "asking:batches", "--json"], "it"),
+        (["verify", "influence.h5"], "B/s"),
+        (["export", "influence.h5", "--to=progress.csv"], "self-influence: "),
+        (["merge", "segments.h5", "--to=progress.h5"], "merging: "),
+    ],
+)
+def test_bars_leave_the_answer_alone(folder, monkeypatch, capsys, arguments, bar):
+    plain = answer(capsys, *arguments)
+    monkeypatch.setattr(progress_module, "DELAY", 0)
+    assert answer(capsys, *arguments) == plain
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert answer(capsys, *arguments) == plain
+    assert bar in sys.stderr.getvalue()
 
 
 def test_the_script_is_what_is_tested_here():

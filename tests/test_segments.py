@@ -213,6 +213,38 @@ def test_an_example_drawn_twice_in_one_epoch_is_removed_twice_from_that(
     )
 
 
+def test_groups_are_sums_over_segments(whole: InfluenceModule, batch: Any) -> None:
+    scores, labels = whole.scores(batch, segments="mean"), np.arange(N) % 3
+    found = whole.group_scores(batch, labels, segments="mean")
+    close(found.scores, torch.stack([scores[:, labels == n].sum(1) for n in range(3)], 1))
+    effects = [whole.removal_effect(batch, labels == n, segments="mean") for n in range(3)]
+    close(found.removal_effects, torch.stack(effects, 1))
+    assert whole.group_scores(batch, labels, segments=OWN).removal_effects is None
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "empirical_fisher"])
+def test_scores_between_examples_take_both_gradients_from_each_segment(
+    dropping: InfluenceModule, curvature: str
+) -> None:
+    found = dropping.scores_between(range(N), segments=OWN, curvature=curvature)
+    own = dropping.self_influence(segments=OWN, curvature=curvature)
+    close(found.diagonal(), own.double())
+    each = {n: dropping.scores_between(range(N), segments={n: 1}, curvature=curvature) for n in OWN}
+    expected = sum(weight * each[n].nan_to_num() for n, weight in OWN.items())
+    unknown = own.isnan()[:, None] | own.isnan()
+    close(found, expected.masked_fill(unknown, torch.nan))
+
+
+def test_subsets_and_layers_of_segments(dropping: InfluenceModule, batch: Any) -> None:
+    options = {"segments": OWN, "layers": "layers.0"}
+    expected = dropping.scores(batch, segments=OWN, per_layer=True)["layers.0"]
+    close(dropping.scores(batch, subset=[6, 1], **options), expected[:, [6, 1]])
+    top = dropping.top_k(batch, 2, subset=[6, 1, 9], **options)
+    close(top.scores, expected.gather(1, top.indices))
+    for number, scores in dropping.scores_by_segment(batch, subset=[6, 1]).items():
+        close(scores, dropping.scores_by_segment(batch)[number][:, [6, 1]])
+
+
 def test_trainer_predict_takes_segments(whole: InfluenceModule, batch: Any) -> None:
     whole.query_options = {"k": 2, "segments": "mean"}
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)

@@ -1,9 +1,9 @@
 # %% [markdown]
 """How much memory does a question take, and does it grow with the training set?
 
-Synthetic rows of real shape, one seed: those of an MLP 784-256-128-10, as `pairs` in int8 (1,666 bytes an example) and as
-`eigen` codes of 2,048 coordinates (2,176 bytes); 10,000, 100,000 and 1,000,000 of them, in files of their own that
-are removed after. Each question is asked in a process of its own, which reports its peak resident memory, with
+Synthetic rows of real shape, one seed: those of an MLP 784-256-128-10, as `pairs` in int8 (1,666 bytes an example)
+and as `eigen` codes of 2,048 coordinates (2,176 bytes); 10,000, 100,000 and 1,000,000 of them, in files of their
+own that are removed after. Each question is asked in a process of its own, which reports its peak resident memory, with
 mapped pages of the file counted; what Python, torch and the file's factors take is measured before the question.
 
     python examples/benchmarks/query_memory.py
@@ -36,7 +36,7 @@ from lightning_influence.store import StoreReader, StoreWriter
 SIZES = (10_000, 100_000, 1_000_000)
 LAYERS = {"first": (256, 785), "second": (128, 257), "third": (10, 129)}
 COORDINATES = {"first": 1280, "second": 640, "third": 128}
-QUERIES = 2
+QUERIES = 1
 BLOCK = 10_000  # rows written at a time
 FLAT = 0.10
 
@@ -115,7 +115,7 @@ def ask(path: Path, budget: str, question: str) -> None:
 
 
 def child(*arguments: str) -> str:
-    """This script in another process; a process inherits the peak of the one that starts it, so this stays small."""
+    """This script in another process, which inherits this one's peak; so this one writes no file."""
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -136,10 +136,9 @@ def main() -> None:
     if options.ask:
         ask(Path(options.ask[0]), options.memory_budget, options.ask[1])
         return
-    print(f"synthetic rows of real shape, {QUERIES} queries, memory_budget={options.memory_budget}, 1 thread")
-    print(
-        f"{'codec':6} {'question':16} {'N':>10} {'file, MB':>9} {'before, MB':>11} {'peak, MB':>9} {'seconds':>8}"
-    )
+    print(f"synthetic rows of real shape, {QUERIES} query, memory_budget={options.memory_budget}, 1 thread")
+    head = ("N", 10), ("file, MB", 9), ("before, MB", 11), ("peak, MB", 9), ("seconds", 8)
+    print(f"{'codec':6} {'question':16}", *(f"{name:>{width}}" for name, width in head))
     is_flat = True
     for codec in ("pairs", "eigen"):
         peaks: dict[str, list[float]] = {}

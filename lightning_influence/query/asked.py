@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_influence.codecs.base import split_rows
 from lightning_influence.curvature import (
     Curvature,
     Damping,
@@ -34,6 +35,7 @@ from lightning_influence.query.segment import OpenSegment
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import WeightedSegment, answerable, weighted_segments
 
+BLOCK_ROWS = 1024  # whose squares are made at a time
 QueriesOf = Callable[[OpenSegment, slice], Mapping[str, LayerGradient]]
 """Some of the queries' gradients of each layer, for a segment."""
 Prepared = Mapping[tuple[int, str], PreparedLayer]
@@ -186,7 +188,8 @@ class Asked:
                 for name in self.layers:
                     key = number, name
                     codec = part.segment.layers[name].codec
-                    own += codec.quadratic(inverses[key], bases[key], chunk.arrays[key]).cpu()
+                    for some, arrays in split_rows(chunk.arrays[key], BLOCK_ROWS):
+                        own[some] += codec.quadratic(inverses[key], bases[key], arrays).cpu()
                 total += part.weight * own.masked_fill_(~part.segment.valid[chunk.rows], 0)
             result[self.places.columns(chunk.part)] = total.masked_fill_(~self.known[chunk.rows], torch.nan)
         return result
@@ -270,8 +273,7 @@ class Asked:
                 term = term if each.weight == 1 else each.weight * term
                 _add(scores, group, term)
                 if with_effects:
-                    shares = each.segment.removal_shares
-                    _add(effects, "", -term * (shares[rows] if shares.ndim else shares).to(term))
+                    _add(effects, "", -term * each.segment.removal_shares(rows).to(term))
         unknown = ~self.known[rows]
         scores = {group: _filled(own, unknown, torch.nan) for group, own in scores.items()}
         return Block(queries, part, scores, _filled(effects[""], unknown, torch.nan) if with_effects else None)

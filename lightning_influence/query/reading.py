@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence.query.places import Places
-from lightning_influence.store.pages import alias, release, touch
+from lightning_influence.store.pages import Pages
 
 Key = TypeVar("Key", bound=Hashable)
 Maps = Mapping[Key, Mapping[str, np.ndarray]]
+PagesOf = Mapping[Key, Mapping[str, Pages]]
 
 
 class RowChunk(NamedTuple, Generic[Key]):
@@ -47,41 +48,40 @@ def read_chunks(maps: Maps[Key], places: Places, step: int, device: torch.device
     parts = places.parts(step)
     if not parts:
         return
+    pages = {key: {name: Pages(array) for name, array in arrays.items()} for key, arrays in maps.items()}
     with ThreadPoolExecutor(1) as thread:
-        read = _read(maps, places.rows(parts[0]))
+        read = _read(pages, places.rows(parts[0]))
         for number, part in enumerate(parts):
             following = places.rows(parts[number + 1]) if number + 1 < len(parts) else None
-            ahead = None if following is None else thread.submit(_read, maps, following)
+            ahead = None if following is None else thread.submit(_read, pages, following)
             rows = places.rows(part)
             yield RowChunk(part, rows, _tensors(read, device))
-            before = places.rows(parts[max(number - 1, 0)])
-            _give_back(maps, before, rows)
+            _give_back(pages, places.rows(parts[max(number - 1, 0)]), rows)
             if ahead is not None:
                 read = ahead.result()
 
 
-def _read(maps: Maps[Key], rows: slice | np.ndarray) -> dict[Key, dict[str, np.ndarray]]:
-    found = {key: {name: array[rows] for name, array in arrays.items()} for key, arrays in maps.items()}
+def _read(pages: PagesOf[Key], rows: slice | np.ndarray) -> dict[Key, dict[str, np.ndarray]]:
     if isinstance(rows, slice):
-        for arrays in found.values():
-            for array in arrays.values():
-                touch(array)
-    return found
+        for each in pages.values():
+            for array in each.values():
+                array.touch(rows)
+    return {key: {name: array.array[rows] for name, array in each.items()} for key, each in pages.items()}
 
 
 def _tensors(read: Mapping[Key, Mapping[str, np.ndarray]], device: torch.device) -> dict[Key, dict[str, Tensor]]:
     return {
-        key: {name: torch.from_numpy(alias(array)).to(device) for name, array in arrays.items()}
+        key: {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         for key, arrays in read.items()
     }
 
 
-def _give_back(maps: Maps[Key], before: slice | np.ndarray, rows: slice | np.ndarray) -> None:
+def _give_back(pages: PagesOf[Key], before: slice | np.ndarray, rows: slice | np.ndarray) -> None:
     """Pages of a chunk and of the one before, whose last page may have been read again with this one's first."""
     used = slice(_ends(before)[0], _ends(rows)[1])
-    for arrays in maps.values():
-        for array in arrays.values():
-            release(array[used])
+    for each in pages.values():
+        for array in each.values():
+            array.release(used)
 
 
 def _ends(rows: slice | np.ndarray) -> tuple[int, int]:

@@ -61,14 +61,20 @@ class OpenSegment:
         return damping_by_layer(damping, seen)
 
     @cached_property
-    def removal_shares(self) -> Tensor:
-        """What an example's score counts for its removal, [N] or []."""
-        written = torch.from_numpy(self.store.column("written").astype(bool, copy=False))
-        occurrences = torch.from_numpy(self.store.column("occurrences")).masked_fill_(~written, 0)
-        total = occurrences.sum()
+    def _occurrences(self) -> Tensor:
+        """How often training drew each example, int32 [N]."""
+        written = self.store.column("written").astype(bool, copy=False)
+        return torch.from_numpy(self.store.column("occurrences")).masked_fill_(torch.from_numpy(~written), 0)
+
+    @cached_property
+    def _all_occurrences(self) -> Tensor:
+        return self._occurrences.sum()
+
+    def removal_shares(self, rows: slice | np.ndarray) -> Tensor:
+        """What some examples' scores count for their removal, [n] or []."""
         if self.store.attributes.get("trajectory") == "merge":
-            return torch.tensor(float(self.store.attributes["epochs_merged"])) / total
-        return occurrences / total
+            return torch.tensor(float(self.store.attributes["epochs_merged"])) / self._all_occurrences
+        return self._occurrences[rows] / self._all_occurrences
 
     def decoded(self, name: str, indices: np.ndarray) -> DenseGradient:
         """A layer's rows as gradients [m, o, i], zero where there is none."""

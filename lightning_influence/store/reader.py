@@ -109,7 +109,10 @@ class StoreReader:
         """
         if name == "occurrences" and not has_segments(self.attributes):
             return self.column("written").astype(np.int32)
-        return np.array(self._map(_look_up(self._structure.columns, name, "column", self.path)))
+        mapped = self._map(_look_up(self._structure.columns, name, "column", self.path))
+        copied = np.array(mapped)
+        release(mapped)
+        return copied
 
     def factors(self, layer: str) -> dict[str, np.ndarray]:
         """Copies of one layer's factors, by name, of any shape.

@@ -620,6 +620,89 @@ def test_queries_work_where_gradients_are_off(influence: InfluenceModule, mode: 
         assert torch.equal(influence.scores(made_inside)[:, :SEEN], expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_file_first_read_where_gradients_are_off_is_of_use_outside(
+    run: Run, batch: list[Tensor], mode: Any
+) -> None:
+    influence = InfluenceModule.from_checkpoint(run.checkpoint, Noisy)
+    with mode():
+        inside = influence.scores(batch), influence.self_influence(curvature="empirical_fisher")
+    assert torch.equal(influence.scores(batch)[:, :SEEN], inside[0][:, :SEEN])
+    outside = influence.self_influence(curvature="empirical_fisher")
+    assert torch.equal(outside[:SEEN], inside[1][:SEEN])
+
+
+def test_parameters_that_cannot_have_gradients_are_refused_by_name(run: Run, batch: list[Tensor]) -> None:
+    with torch.inference_mode():
+        influence = InfluenceModule.from_checkpoint(run.checkpoint, Noisy)
+        with pytest.raises(
+            QueryError, match=r"layers\.0\.weight, .* of Noisy were made in `torch\.inference_mode"
+        ):
+            influence.scores(batch)
+        assert influence.self_influence()[:SEEN].isfinite().all()  # needs no gradient of the model
+
+
+# --- who and where --------------------------------------------------------------------------------
+
+
+def test_a_subset_of_the_scores(influence: InfluenceModule, batch: list[Tensor]) -> None:
+    scores, own = influence.scores(batch), influence.self_influence()
+    torch.testing.assert_close(influence.scores(batch, subset=[9, 4]), scores[:, [9, 4]])
+    torch.testing.assert_close(influence.self_influence(subset=[9, 4]), own[[9, 4]])
+    top = influence.top_k(batch, 2, subset=[9, 4])
+    torch.testing.assert_close(top.scores, scores[:, [9, 4]].sort(descending=True).values)
+    assert top.indices.sort().values.tolist() == [[4, 9]] * 3
+
+
+def test_some_layers_of_the_scores(influence: InfluenceModule, batch: list[Tensor]) -> None:
+    by_layer = influence.scores(batch, per_layer=True)
+    for name, expected in by_layer.items():
+        found = influence.scores(batch, layers=name)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    assert list(influence.scores(batch, per_layer=True, layers="*.0")) == ["layers.0"]
+
+
+def test_positions_of_the_scores(influence: InfluenceModule, batch: list[Tensor]) -> None:
+    found = influence.scores(batch, per_token=True)
+    torch.testing.assert_close(found, influence.scores(batch)[..., None], equal_nan=True)
+    by_layer = influence.scores(batch, per_token=True, per_layer=True)
+    torch.testing.assert_close(sum(by_layer.values()), found, equal_nan=True)
+
+
+def test_groups_of_training_examples(influence: InfluenceModule, batch: list[Tensor]) -> None:
+    labels, scores = dataset(EXAMPLES).tensors[1], influence.scores(batch, measurement=margin)
+    found = influence.group_scores(batch, labels, measurement=margin)
+    assert found.groups == labels.unique().tolist()
+    for column, label in enumerate(found.groups):
+        members = (labels[:SEEN] == label).nonzero().flatten()
+        torch.testing.assert_close(found.scores[:, column], scores[:, members].sum(1))
+        effect = influence.removal_effect(batch, members, measurement=margin)
+        torch.testing.assert_close(found.removal_effects[:, column], effect)
+
+
+def test_scores_between_training_examples(influence: InfluenceModule) -> None:
+    found = influence.scores_between(range(SEEN), curvature="kfac")
+    own = influence.self_influence(curvature="kfac", subset=range(SEEN))
+    torch.testing.assert_close(found.diagonal(), own, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, found.T, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(influence.scores_between([3, 1], [5], curvature="kfac"), found[[3, 1]][:, [5]])
+
+
+def test_a_memory_budget_changes_no_answer(influence: InfluenceModule, batch: list[Tensor]) -> None:
+    expected = influence.scores(batch), influence.top_k(batch, 4)
+    influence.memory_budget = 1  # a row at a time, a query at a time
+    torch.testing.assert_close(influence.scores(batch), expected[0], equal_nan=True, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(influence.top_k(batch, 4).scores, expected[1].scores, rtol=1e-4, atol=1e-6)
+    influence.memory_budget = "a little"
+    with pytest.raises(ValueError, match=r"`memory_budget` must be a positive number of bytes.*'a little'"):
+        influence.scores(batch)
+
+
+def test_unknown_options_are_refused(influence: InfluenceModule, batch: list[Tensor]) -> None:
+    with pytest.raises(TypeError, match="'dampening'"):
+        influence.top_k(batch, dampening=1.0)  # type: ignore[call-arg]
+
+
 # --- damping, curvature, k ------------------------------------------------------------------------
 
 
@@ -701,6 +784,16 @@ def test_predict_takes_all_arguments_of_top_k_from_the_options(influence: Influe
     assert influence.query_options == options
 
 
+def test_predict_takes_a_subset_and_layers(influence: InfluenceModule, tmp_path: Path) -> None:
+    influence.query_options = {"k": 2, "subset": [2, 5, 11], "layers": ["layers.0"]}
+    found = predict(tmp_path, influence)[0]
+    first = [column[:8] for column in dataset(EXAMPLES).tensors]
+    assert torch.equal(found.indices, influence.top_k(first, 2, subset=[2, 5, 11], layers="layers.0").indices)
+    influence.query_options["k"] = 4
+    with pytest.raises(ValueError, match="from 1 to 3, the number of valid rows, got 4"):
+        predict(tmp_path, influence)
+
+
 def test_predict_in_mixed_precision_is_close(influence: InfluenceModule, tmp_path: Path) -> None:
     expected = predict(tmp_path, influence)[0].scores
     found = predict(tmp_path, influence, precision="bf16-mixed")[0].scores
@@ -751,3 +844,15 @@ def test_a_module_of_double_precision_answers_nearly_the_same(
     influence.double()
     found = influence.scores([batch[0].double(), batch[1]])[:, :SEEN]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_module_of_half_precision_answers_about_the_same(
+    influence: InfluenceModule, batch: list[Tensor]
+) -> None:
+    expected = influence.scores(batch)[:, :SEEN]
+    influence.bfloat16()
+    found = influence.scores([batch[0].bfloat16(), batch[1]])[:, :SEEN]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=0.05 * float(expected.abs().max())
+    )  # 8 bits of mantissa

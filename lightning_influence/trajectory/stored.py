@@ -127,7 +127,7 @@ def merge_segments(
         raise ValueError(f"`bytes_per_example` must be at least 1, got {bytes_per_example}.")
     epochs, weights = _epochs(store, path, weighting)
     examples = Examples(epochs, store.num_examples)  # type: ignore[arg-type]  # it reads columns only
-    layers = _merged_layers(epochs, examples, bytes_per_example)
+    layers = _merged_layers(store, epochs, examples, bytes_per_example)
     writer = StoreWriter(path, num_examples=store.num_examples, store_id=store.store_id, segment=store.number)
     try:
         writer.create({name: specs(layer.codec) for name, layer in layers.items()})
@@ -144,8 +144,8 @@ def merge_segments(
             )
         examples.write_invalid(writer)
         writer.finish(
-            attributes=_attributes(epochs, examples, layers),
-            documents=_documents(epochs, weights, layers, weighting),
+            attributes=_attributes(store, epochs, examples, layers),
+            documents=_documents(store, epochs, weights, layers, weighting),
             factors={name: layer.to_arrays() for name, layer in layers.items()},
         )
     except BaseException:
@@ -179,10 +179,11 @@ def _epochs(
     return [StoredEpoch(each.store, InfluenceQuery(each.store).layers, each.weight) for each in weighted], weights
 
 
-def _merged_layers(epochs: list[StoredEpoch], examples: Examples, nbytes: int) -> dict[str, ScoredLayer]:
+def _merged_layers(
+    store: StoreReader, epochs: list[StoredEpoch], examples: Examples, nbytes: int
+) -> dict[str, ScoredLayer]:
     structures = {
-        entry["name"]: KroneckerStructure(**entry.get("structure", {}))
-        for entry in described_layers(epochs[-1].store)
+        entry["name"]: KroneckerStructure(**entry.get("structure", {})) for entry in described_layers(store)
     }
     bases = {name: _basis(name, epochs, structure) for name, structure in structures.items()}
     sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(epochs)))
@@ -235,10 +236,10 @@ def _summed(name: str, epochs: list[StoredEpoch], rows: np.ndarray, times: list[
 
 
 def _attributes(
-    epochs: list[StoredEpoch], examples: Examples, layers: Mapping[str, ScoredLayer]
+    store: StoreReader, epochs: list[StoredEpoch], examples: Examples, layers: Mapping[str, ScoredLayer]
 ) -> dict[str, bool | int | float | str]:
-    first, last = epochs[0].store.attributes, epochs[-1].store.attributes
-    kept = {name: value for name, value in last.items() if name not in _IDENTITY}
+    first = epochs[0].store.attributes
+    kept = {name: value for name, value in store.attributes.items() if name not in _IDENTITY}
     begun: dict[str, Any] = {name: first[name] for name in ("step_start", "weights_hash_start") if name in first}
     counts = {f"rows_{name}": count for name, count in asdict(examples.counts()).items()}
     return {
@@ -256,10 +257,13 @@ def _attributes(
 
 
 def _documents(
-    epochs: list[StoredEpoch], weights: list[float], layers: Mapping[str, ScoredLayer], weighting: Weighting
+    store: StoreReader,
+    epochs: list[StoredEpoch],
+    weights: list[float],
+    layers: Mapping[str, ScoredLayer],
+    weighting: Weighting,
 ) -> dict[str, Any]:
-    """The last segment's, with the new codecs and what was merged."""
-    store = epochs[-1].store
+    """The last segment's, which may count nothing itself, with the new codecs and what was merged."""
     names = [name.removeprefix("documents/") for name, _, _ in store.datasets() if name.startswith("documents/")]
     described = [
         {**entry, "codec": EigenCodec.codec_id, "config": layers[entry["name"]].codec.get_config()}

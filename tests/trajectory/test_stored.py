@@ -175,6 +175,26 @@ def test_an_earlier_segment_merges_those_before_it(path, tmp_path):
     assert found.attributes["weights_hash_end"] == StoreReader(path).segment(1).attributes["weights_hash_end"]
 
 
+class Stopping(Decaying):
+    """Its last epoch has a learning rate of zero."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.4)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.0 if epoch > 1 else 1.0)]
+
+
+def test_a_last_epoch_that_learnt_nothing_still_has_the_weights(tmp_path):
+    model = Stopping()
+    path = train(tmp_path, model, codec="pairs-float32")
+    assert merge_segments(StoreReader(path), tmp_path / "merged.h5") == 2
+    found = StoreReader(tmp_path / "merged.h5")
+    assert found.number == 2
+    assert [each["epoch"] for each in found.document("trajectory")["epochs"]] == [0, 1]
+    for name in ("step_end", "weights_hash_end", "epoch"):
+        assert found.attributes[name] == StoreReader(path).attributes[name], name
+    InfluenceModule.attach(model, found)
+
+
 def test_a_budget_is_kept(path, tmp_path):
     found = merged(path, tmp_path / "merged.h5", bytes_per_example=20)
     assert 0 < found.attributes["bytes_per_row"] <= 20

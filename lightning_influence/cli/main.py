@@ -216,8 +216,8 @@ def _curvature_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument(
         "--layers",
-        type=list[str] | None,
-        help="names or patterns of the layers to sum over, such as '[encoder.*, head]'; all by default",
+        type=list[str] | str | None,
+        help="name or pattern of the layers to sum over, or a list such as '[encoder.*, head]'; all by default",
     )
 
 

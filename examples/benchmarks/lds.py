@@ -7,6 +7,7 @@ over the halves, of that sum and the query's log-likelihood, averaged over the s
 over the queries.
 
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
+    python examples/benchmarks/lds.py --task mlp cnn transformer --methods merged-later
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher fisher-merged
     python examples/benchmarks/lds.py --task mlp cnn --methods labels         # labels that the model predicts
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence

@@ -3,8 +3,8 @@
 
 Synthetic rows of real shape, one seed: those of an MLP 784-256-128-10, as `pairs` in int8 (1,666 bytes an example)
 and as `eigen` codes of 2,048 coordinates (2,176 bytes); 10,000, 100,000 and 1,000,000 of them, in files of their
-own that are removed after. Each question is asked in a process of its own, which reports its peak resident memory, with
-mapped pages of the file counted; what Python, torch and the file's factors take is measured before the question.
+own that are removed after. Each question is asked in a process of its own, which reports its peak resident memory,
+with mapped pages of the file counted; what Python, torch and the file's factors take is measured before.
 
     python examples/benchmarks/query_memory.py
 

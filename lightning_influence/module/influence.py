@@ -160,7 +160,8 @@ class InfluenceModule(HostedModel):
                 log-likelihood, such as a margin; row j must depend on query j only.
             per_layer: return what each layer adds to the scores, by its name.
             per_token: return what each position (token) of the training examples adds, for rows that keep
-                positions apart: those of `InfluenceCallback(codec="pairs")`. A layer used on vectors has one.
+                positions apart: those of `InfluenceCallback(codec="pairs")`. A layer used on vectors has one; one
+                that is called several times in a step has those of each call, one after the other.
             options: `damping`, `curvature`, `segments`, `layers`, `subset`: see `ScoreOptions`.
 
         Returns:

@@ -114,7 +114,7 @@ class Asked:
         for store, weight in weighted:
             segment = own if store.number == own.store.number else OpenSegment(store, own.device)
             parts.append(Part(segment, weight, segment.dampings(curvature, rule)))
-        return cls(parts, layers, curvature, places, _known(weighted), budget)
+        return cls(parts, layers, curvature, places, known_examples(weighted), budget)
 
     @property
     def device(self) -> torch.device:
@@ -279,7 +279,8 @@ class Asked:
         return Block(queries, part, scores, _filled(effects[""], unknown, torch.nan) if with_effects else None)
 
 
-def _known(weighted: Sequence[WeightedSegment]) -> Tensor:
+def known_examples(weighted: Sequence[WeightedSegment]) -> Tensor:
+    """Which examples have an answer from these segments together, bool [N]."""
     return torch.from_numpy(answerable(each.store for each in weighted))
 
 

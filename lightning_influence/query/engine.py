@@ -22,7 +22,7 @@ from lightning_influence.damping_advice import DampingAdvice, advise_damping
 from lightning_influence.errors import QueryError
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.query.answers import Attribution, GroupAttribution
-from lightning_influence.query.asked import Asked, QueriesOf
+from lightning_influence.query.asked import Asked, QueriesOf, known_examples
 from lightning_influence.query.best import BestSoFar
 from lightning_influence.query.budget import MEMORY_BUDGET, parse_bytes
 from lightning_influence.query.groups import Groups, Membership
@@ -30,7 +30,13 @@ from lightning_influence.query.options import DEFAULT_DAMPING, QueryOptions, Que
 from lightning_influence.query.places import Places, Subset, as_indices
 from lightning_influence.query.prepared import AnswerOfLayer, PreparedLayer
 from lightning_influence.query.segment import OpenSegment
-from lightning_influence.segments import Segments, check_is_mean, is_mean, segments_up_to
+from lightning_influence.segments import (
+    Segments,
+    check_is_mean,
+    is_mean,
+    segments_up_to,
+    weighted_segments,
+)
 from lightning_influence.store import StoreReader
 
 Queries = Mapping[str, LayerGradient]
@@ -124,7 +130,10 @@ class InfluenceQuery(OpenSegment):
         Raises:
             ValueError: unless 1 <= k <= number of valid rows.
         """
-        _check_k(k, self._asked(Question(segments=segments, subset=subset)).count_known())
+        known = known_examples(weighted_segments(self.store, segments))
+        if subset is not None:
+            known = known[as_indices(subset, self.num_examples, "subset", str(self.store.path))]
+        _check_k(k, int(known.sum()))
 
     def self_influence(self, **options: Unpack[ScoreOptions]) -> Tensor:
         """Grad L_n^T (G + damping)^-1 grad L_n of every training example, in one pass over the file.

@@ -30,7 +30,7 @@ class QueryOptions(TypedDict, total=False):
             or equally: TracIn's sum over checkpoints, but for the query's gradient, which stays that of the
             model's weights. A mapping {segment number: weight}: the sum of weight times scores, as given. An
             epoch that did not train on an example adds nothing to its score; one that was resumed or cut short,
-            and lacks its row, makes it NaN.
+            and lacks its row, makes it NaN. The factors of all of them are in memory at a time.
         layers: names or glob patterns of the layers to sum over; None for all. Rules for damping see all
             layers, so that this is what these layers add to the scores.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from lightning_influence.store.pages import Pages
 
 Key = TypeVar("Key", bound=Hashable)
 Maps = Mapping[Key, Mapping[str, np.ndarray]]
+Rows: TypeAlias = slice | np.ndarray
 PagesOf = Mapping[Key, Mapping[str, Pages]]
 
 
-class RowChunk(NamedTuple, Generic[Key]):
+@dataclass(frozen=True)
+class RowChunk(Generic[Key]):
     """Some rows.
 
     Args:
@@ -29,7 +32,7 @@ class RowChunk(NamedTuple, Generic[Key]):
     """
 
     part: slice
-    rows: slice | np.ndarray
+    rows: Rows
     arrays: dict[Key, dict[str, Tensor]]
 
 
@@ -37,7 +40,7 @@ def read_chunks(maps: Maps[Key], places: Places, step: int, device: torch.device
     """One pass over the places' rows of all maps.
 
     Where the rows follow each other they are not copied: a thread reads the next chunk's pages from the disk.
-    Pages are given back after use, so that no more than two chunks count as memory.
+    Pages are given back after use, so that no more than three chunks count as memory.
 
     Args:
         maps: each source's arrays [N, ...], by name.
@@ -49,19 +52,24 @@ def read_chunks(maps: Maps[Key], places: Places, step: int, device: torch.device
     if not parts:
         return
     pages = {key: {name: Pages(array) for name, array in arrays.items()} for key, arrays in maps.items()}
+    chunks = [places.rows(part) for part in parts]
     with ThreadPoolExecutor(1) as thread:
-        read = _read(pages, places.rows(parts[0]))
+        read = _read(pages, chunks[0])
         for number, part in enumerate(parts):
-            following = places.rows(parts[number + 1]) if number + 1 < len(parts) else None
-            ahead = None if following is None else thread.submit(_read, pages, following)
-            rows = places.rows(part)
-            yield RowChunk(part, rows, _tensors(read, device))
-            _give_back(pages, places.rows(parts[max(number - 1, 0)]), rows)
-            if ahead is not None:
-                read = ahead.result()
+            behind, following = chunks[max(number - 2, 0) : number], chunks[number + 1 : number + 2]
+            ahead = thread.submit(_move_on, pages, behind, following)
+            yield RowChunk(part, chunks[number], _tensors(read, device))
+            read = ahead.result()
+        _give_back(pages, chunks[-2:])
 
 
-def _read(pages: PagesOf[Key], rows: slice | np.ndarray) -> dict[Key, dict[str, np.ndarray]]:
+def _move_on(pages: PagesOf[Key], behind: list[Rows], following: list[Rows]) -> dict[Key, dict[str, np.ndarray]]:
+    """Give back the last chunk with the one before, whose last page may have been read again; then read on."""
+    _give_back(pages, behind)
+    return _read(pages, following[0]) if following else {}
+
+
+def _read(pages: PagesOf[Key], rows: Rows) -> dict[Key, dict[str, np.ndarray]]:
     if isinstance(rows, slice):
         for each in pages.values():
             for array in each.values():
@@ -76,13 +84,14 @@ def _tensors(read: Mapping[Key, Mapping[str, np.ndarray]], device: torch.device)
     }
 
 
-def _give_back(pages: PagesOf[Key], before: slice | np.ndarray, rows: slice | np.ndarray) -> None:
-    """Pages of a chunk and of the one before, whose last page may have been read again with this one's first."""
-    used = slice(_ends(before)[0], _ends(rows)[1])
+def _give_back(pages: PagesOf[Key], chunks: list[Rows]) -> None:
+    if not chunks:
+        return
+    used = slice(_ends(chunks[0])[0], _ends(chunks[-1])[1])
     for each in pages.values():
         for array in each.values():
             array.release(used)
 
 
-def _ends(rows: slice | np.ndarray) -> tuple[int, int]:
+def _ends(rows: Rows) -> tuple[int, int]:
     return (rows.start, rows.stop) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]) + 1)

@@ -280,6 +280,21 @@ def test_queries_that_are_not_numbers_are_refused(models, batch):
         InfluenceModule.ensemble(models).top_k([batch[0] * torch.nan, batch[1]])
 
 
+@pytest.mark.parametrize("average", ["mean", "standardized"])
+def test_a_query_that_one_model_makes_no_number_of_is_not_hidden(models, batch, average):
+    def measurement(model, batch):
+        values = model(batch[0])[:, 0]
+        return values * torch.tensor([torch.nan, 1.0, 1.0]) if model is models[1].model else values
+
+    ensemble = InfluenceModule.ensemble(models, average=average)
+    found = ensemble.scores(batch, measurement=measurement)
+    assert torch.equal(found[0].isnan(), ~models[1].scores(batch).isnan()[0])  # the others are those of two models
+    assert found[1:].isfinite().all()
+    removed = held_by_all(models, batch)[:2]
+    effect = ensemble.removal_effect(batch, removed, measurement=measurement)
+    assert effect.isnan().tolist() == [True, False, False]
+
+
 def test_layers_of_different_networks_cannot_be_told_apart(models, batch, tmp_path):
     class Deeper(Classifier):
         def __init__(self) -> None:

@@ -25,7 +25,7 @@ from lightning_influence.exports import UNKNOWN_LABEL, example_labels, ranked_co
 from lightning_influence.functional.ranking import top_k
 from lightning_influence.query import Attribution, GroupAttribution, Groups, Subset
 from lightning_influence.query.places import as_indices
-from lightning_influence.segments import Segments, answerable, weighted_segments
+from lightning_influence.segments import answerable, weighted_segments
 from lightning_influence.store import StoreReader
 
 Average = Literal["mean", "standardized"]
@@ -64,13 +64,13 @@ class InfluenceEnsemble(LightningModule):
     def scores(self, batch: Any, **options: Any) -> Any:
         """Mean scores, [q, N] (with `per_layer=True` by layer); arguments as in `InfluenceModule.scores`."""
         found = [model.scores(batch, **options) for model in self._members]
-        weights = self._weights(batch, options, found)
+        weights, known = self._weights(batch, options, found), self._known(options)
         if not options.get("per_layer"):
-            return _weighted_mean(found, weights)
+            return _weighted_mean(found, weights, known)
         names = [list(each) for each in found]
         if any(other != names[0] for other in names):
             raise QueryError(f"`per_layer` needs models with the same layers, got {names}.")
-        return {name: _weighted_mean([each[name] for each in found], weights) for name in names[0]}
+        return {name: _weighted_mean([each[name] for each in found], weights, known) for name in names[0]}
 
     def top_k(self, batch: Any, k: int = 10, *, largest: bool = True, **options: Any) -> Attribution:
         """The k examples with the largest (or smallest) mean scores; as `InfluenceModule.top_k`.
@@ -93,18 +93,20 @@ class InfluenceEnsemble(LightningModule):
 
     def self_influence(self, **options: Any) -> Tensor:
         """The plain mean, [N]; arguments as in `InfluenceModule.self_influence`."""
-        return _plain_mean([model.self_influence(**options) for model in self._members])
+        found = [model.self_influence(**options)[None] for model in self._members]
+        return _weighted_mean(found, [torch.ones(1)] * len(found), self._known(options))[0]
 
     def scores_between(self, indices: Subset, other_indices: Subset | None = None, **options: Any) -> Tensor:
         """The plain mean, [m, n]; arguments as in `InfluenceModule.scores_between`."""
-        return _plain_mean([model.scores_between(indices, other_indices, **options) for model in self._members])
+        found = [model.scores_between(indices, other_indices, **options) for model in self._members]
+        return _weighted_mean(found, [torch.ones(1)] * len(found), [~each.isnan() for each in found])
 
     def group_scores(self, batch: Any, groups: Groups, **options: Any) -> GroupAttribution:
         """Sums of the mean scores over groups of examples, as `InfluenceModule.group_scores`.
 
         Each model adds up, in one pass, those examples of a group that the same models have rows of.
         """
-        known = np.stack([_answerable(model.store, options.get("segments")) for model in self._members])
+        known = np.stack([each.numpy() for each in self._known(options)])
         names, parts = _parts_of_groups(groups, known, self._where)
         weights = self._weights(batch, options)
         found = [model.group_scores(batch, parts, **options) for model in self._members]
@@ -125,7 +127,7 @@ class InfluenceEnsemble(LightningModule):
         """
         weights = self._weights(batch, options)
         found = [model.removal_effect(batch, indices, **options)[:, None] for model in self._members]
-        return _weighted_mean(found, weights)[:, 0]
+        return _weighted_mean(found, weights, [torch.ones(1, dtype=torch.bool)] * len(found))[:, 0]
 
     def to_columns(self, answers: Attribution | Sequence[Attribution] | None = None) -> dict[str, np.ndarray]:
         """A table as `InfluenceModule.to_columns` makes it, of what all models have in common.
@@ -150,6 +152,17 @@ class InfluenceEnsemble(LightningModule):
     def _members(self) -> Iterable[Any]:
         return iter(self.models)
 
+    def _known(self, options: dict[str, Any]) -> list[Tensor]:
+        """Which of the examples that are asked about each model has an answer for, bool [n]."""
+        known = []
+        for model in self._members:
+            weighted = weighted_segments(model.store, options.get("segments"))
+            known.append(torch.from_numpy(answerable(each.store for each in weighted)))
+        if options.get("subset") is None:
+            return known
+        subset = as_indices(options["subset"], len(self._labels), "subset", self._where)
+        return [each[subset] for each in known]
+
     def _weights(self, batch: Any, options: dict[str, Any], found: list[Any] | None = None) -> list[Tensor]:
         """Each model's, [q, 1] or one for all queries.
 
@@ -168,19 +181,23 @@ class InfluenceEnsemble(LightningModule):
         return list(torch.where(weights.sum(0) > 0, weights, 1.0))  # no model tells examples apart: all alike
 
 
-def _weighted_mean(found: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-    """Over those that are not NaN; NaN where all are."""
+def _weighted_mean(found: Iterable[Tensor], weights: Iterable[Tensor], known: Iterable[Tensor]) -> Tensor:
+    """Over the models that know an example; NaN where none does.
+
+    Args:
+        found: each model's answers [q, n] or [q, n, s].
+        weights: each model's, [q, 1] or [1].
+        known: which examples each knows, bool [n] or [q, n]. What is NaN all the same, as scores of a query that
+            is not finite, makes the mean NaN.
+    """
     total: Tensor | float = 0.0
     counted: Tensor | float = 0.0
-    for values, weight in zip(found, weights, strict=True):
-        is_known, weight = ~values.isnan(), weight.view(-1, *[1] * (values.ndim - 1))
-        total = total + weight * values.masked_fill(~is_known, 0.0)
-        counted = counted + weight * is_known
+    for values, weight, own in zip(found, weights, known, strict=True):
+        if values.ndim > 2:  # [q, n, s], with weights [q, 1]
+            weight, own = weight.unsqueeze(-1), own.unsqueeze(-1)
+        total = total + weight * values.masked_fill(~own, 0.0)
+        counted = counted + weight * own
     return cast(Tensor, total / counted)
-
-
-def _plain_mean(found: Sequence[Tensor]) -> Tensor:
-    return _weighted_mean(found, [torch.ones(1)] * len(found))
 
 
 def _spread(scores: Tensor) -> Tensor:
@@ -222,11 +239,6 @@ def _common_labels(stores: Sequence[StoreReader]) -> np.ndarray:
     return labels
 
 
-def _answerable(store: StoreReader, segments: Segments) -> np.ndarray:
-    """Which examples a model has scores of, bool [N]."""
-    return answerable(each.store for each in weighted_segments(store, segments))
-
-
 def _parts_of_groups(
     groups: Groups, known: np.ndarray, where: str
 ) -> tuple[list[Hashable], dict[tuple[int, int], np.ndarray]]:
@@ -264,7 +276,7 @@ def _joined_parts(
     found: Sequence[Tensor], weights: Sequence[Tensor], parts: Iterable[tuple[int, int]], count: int
 ) -> Tensor:
     """Sums over groups, [q, groups], of sums over their parts by each model, [q, parts]."""
-    mean = _weighted_mean(found, weights)
+    mean = _weighted_mean(found, weights, [~each.isnan().all(0) for each in found])
     numbers = torch.tensor([number for number, _ in parts])
     sums = torch.zeros(len(mean), count).index_add_(1, numbers, mean.nan_to_num(nan=0.0))
     is_known = torch.zeros(count, dtype=torch.bool)

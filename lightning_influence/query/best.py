@@ -28,6 +28,8 @@ class BestSoFar:
             indices: int64 [n], ascending, and larger than all before: ties go to the lower.
             scores: shape [q, n].
         """
+        if self._none_enters(scores):
+            return
         entering = self._entering(self._order(scores))
         places, found = _packed(entering, scores)
         numbers = indices.to(scores.device)[places.clamp(min=0)].masked_fill(places < 0, -1)
@@ -42,6 +44,13 @@ class BestSoFar:
         assert self._scores is not None
         assert self._indices is not None
         return self._indices, self._scores
+
+    def _none_enters(self, scores: Tensor) -> bool:
+        """Whether no score can be among the best k, quickly; false where it takes a closer look."""
+        if self._scores is None or self._scores.shape[1] < self._k:
+            return False
+        bar = self._scores[:, -1:]
+        return not bool((bar.isnan() | (scores > bar if self._largest else scores < bar)).any())
 
     def _order(self, scores: Tensor) -> Tensor:
         """Larger is better; NaN last."""

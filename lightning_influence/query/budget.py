@@ -10,8 +10,10 @@ from lightning_influence.codecs import Codec, EigenCodec
 from lightning_influence.scoring import ScoredLayer
 
 MEMORY_BUDGET = "1GB"
-CHUNK_BYTES = 4 * 2**20  # of stored rows at a time, which caches hold, unpacked, in part: more is slower
-LAYER_BYTES = 2**20  # of each layer, so that many layers have no small products
+CHUNK_BYTES = 2**21  # of stored rows worked on at a time, which caches hold, unpacked, in part
+LAYER_BYTES = 2**19  # of each layer, so that many layers have no small products
+CHUNKS_READ = 4  # from the disk at a time
+CHUNKS_MAPPED = 3 * CHUNKS_READ  # those being read, worked on, and given back
 ROW_COPIES = 3  # of a layer's rows as float32 numbers
 SCORE_COPIES = 4
 UNPACKED = {"i1": 4, "f2": 4, "f4": 4, "u1": 16}  # bytes of float32 for an entry; packed ones hold up to 4
@@ -45,10 +47,10 @@ def parse_bytes(memory_budget: str | int) -> int:
 
 
 def rows_at_once(codecs: Iterable[Codec], queries: int, budget: int) -> int:
-    """Rows of all these codecs that half of the budget holds, with those that are read ahead and their scores."""
+    """Rows to work on at a time: half of the budget holds them, unpacked, with all that are mapped and scores."""
     codecs = list(codecs)
     stored = sum(codec.bytes_per_row for codec in codecs)
-    a_row = 2 * stored + ROW_COPIES * max(map(_unpacked, codecs)) + 4 * SCORE_COPIES * queries
+    a_row = CHUNKS_MAPPED * stored + ROW_COPIES * max(map(_unpacked, codecs)) + 4 * SCORE_COPIES * queries
     return max(1, min(budget // 2 // a_row, max(CHUNK_BYTES, len(codecs) * LAYER_BYTES) // stored))
 
 

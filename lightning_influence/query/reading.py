@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_influence.query.budget import CHUNKS_READ
 from lightning_influence.query.places import Places
 from lightning_influence.store.pages import Pages
 
@@ -39,8 +40,8 @@ class RowChunk(Generic[Key]):
 def read_chunks(maps: Maps[Key], places: Places, step: int, device: torch.device) -> Iterator[RowChunk[Key]]:
     """One pass over the places' rows of all maps.
 
-    Where the rows follow each other they are not copied: a thread reads the next chunk's pages from the disk.
-    Pages are given back after use, so that no more than three chunks count as memory.
+    Where the rows follow each other they are not copied: a thread reads the pages of the next few chunks from the
+    disk, and gives back those of the last ones, so that no more than `CHUNKS_MAPPED` count as memory.
 
     Args:
         maps: each source's arrays [N, ...], by name.
@@ -48,23 +49,31 @@ def read_chunks(maps: Maps[Key], places: Places, step: int, device: torch.device
         step: how many at a time.
         device: where the tensors are to be.
     """
-    parts = places.parts(step)
-    if not parts:
+    windows = places.parts(step * CHUNKS_READ)
+    if not windows:
         return
     pages = {key: {name: Pages(array) for name, array in arrays.items()} for key, arrays in maps.items()}
-    chunks = [places.rows(part) for part in parts]
+    rows = [places.rows(window) for window in windows]
     with ThreadPoolExecutor(1) as thread:
-        read = _read(pages, chunks[0])
-        for number, part in enumerate(parts):
-            behind, following = chunks[max(number - 2, 0) : number], chunks[number + 1 : number + 2]
+        read = _read(pages, rows[0])
+        for number, window in enumerate(windows):
+            behind, following = rows[max(number - 2, 0) : number], rows[number + 1 : number + 2]
             ahead = thread.submit(_move_on, pages, behind, following)
-            yield RowChunk(part, chunks[number], _tensors(read, device))
+            tensors = {key: {name: torch.from_numpy(a) for name, a in each.items()} for key, each in read.items()}
+            for start in range(window.start, window.stop, step):
+                part = slice(start, min(start + step, window.stop))
+                inside = slice(part.start - window.start, part.stop - window.start)
+                arrays = {
+                    key: {name: tensor[inside].to(device) for name, tensor in each.items()}
+                    for key, each in tensors.items()
+                }
+                yield RowChunk(part, places.rows(part), arrays)
             read = ahead.result()
-        _give_back(pages, chunks[-2:])
+        _give_back(pages, rows[-2:])
 
 
 def _move_on(pages: PagesOf[Key], behind: list[Rows], following: list[Rows]) -> dict[Key, dict[str, np.ndarray]]:
-    """Give back the last chunk with the one before, whose last page may have been read again; then read on."""
+    """Give back the last window with the one before, whose last page may have been read again; then read on."""
     _give_back(pages, behind)
     return _read(pages, following[0]) if following else {}
 
@@ -77,17 +86,10 @@ def _read(pages: PagesOf[Key], rows: Rows) -> dict[Key, dict[str, np.ndarray]]:
     return {key: {name: array.array[rows] for name, array in each.items()} for key, each in pages.items()}
 
 
-def _tensors(read: Mapping[Key, Mapping[str, np.ndarray]], device: torch.device) -> dict[Key, dict[str, Tensor]]:
-    return {
-        key: {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        for key, arrays in read.items()
-    }
-
-
-def _give_back(pages: PagesOf[Key], chunks: list[Rows]) -> None:
-    if not chunks:
+def _give_back(pages: PagesOf[Key], windows: list[Rows]) -> None:
+    if not windows:
         return
-    used = slice(_ends(chunks[0])[0], _ends(chunks[-1])[1])
+    used = slice(_ends(windows[0])[0], _ends(windows[-1])[1])
     for each in pages.values():
         for array in each.values():
             array.release(used)

@@ -184,17 +184,17 @@ def mapped_megabytes(path: Path) -> float:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is mapped")
 def test_pages_are_given_back_after_use(tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    mapped = write_bytes(path, 24 * 2**20).reshape(24, -1)
+    mapped = write_bytes(path, 24 * 2**20).reshape(96, -1)
     seen = []
-    for chunk in read_chunks({"a": {"x": mapped}}, Places(24), 1, CPU):  # of 1 MB
+    for chunk in read_chunks({"a": {"x": mapped}}, Places(96), 1, CPU):  # of 256 KB, 1 MB at a time
         assert chunk.arrays["a"]["x"].any()
         seen.append(mapped_megabytes(path))
-    # this chunk, the next, and at the edges what the system maps around a page, up to 2 MB
+    # those before, these, the next, and at the edges what the system maps around a page, up to 2 MB
     assert max(seen) <= 8
     assert mapped_megabytes(path) <= 2
-    Pages(mapped).touch(slice(0, 24))
+    Pages(mapped).touch(slice(0, 96))
     assert mapped_megabytes(path) == 24
-    Pages(mapped).release(slice(8, 16))
+    Pages(mapped).release(slice(32, 64))
     assert 12 <= mapped_megabytes(path) <= 18
     release(mapped)
     assert mapped_megabytes(path) <= 1

@@ -17,7 +17,7 @@ FLOORS = [
     {"processes", "background"},
     {"functional"},
     {"layers", "losses", "factors", "curvature", "codecs", "store", "metrics"},
-    {"step", "scoring", "stored_rows", "attachment", "segments", "penalties"},
+    {"step", "scoring", "stored_rows", "attachment", "segments", "penalties", "exports"},
     {"layer_plan", "damping_advice", "row_choice"},
     {"layer_record"},
     {"blocks"},

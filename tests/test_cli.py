@@ -19,11 +19,21 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_influence import HeuristicDamping, InfluenceCallback, InfluenceModule
+from lightning_influence import (
+    GlobalDamping,
+    HeuristicDamping,
+    InfluenceCallback,
+    InfluenceModule,
+    TrainingDamping,
+    WeightDecayDamping,
+)
 from lightning_influence.cli import main
-from lightning_influence.cli.loading import progress
+from lightning_influence.cli import progress as progress_module
+from lightning_influence.cli.dampings import damping_of
+from lightning_influence.cli.progress import progress
 from lightning_influence.errors import QueryError
 from lightning_influence.store import StoreReader
+from lightning_influence.trajectory import merge_segments
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -200,8 +210,34 @@ def test_info_is_text_for_people(folder, capsys):
         "cross_entropy (mean); empirical Fisher",
         "100.0% of the trainable parameters are attributed",
         "net.0  pairs int8  64 x 65",
+        "damping: --damping training is advised, by the weight decay and the learning rates",
     ):
         assert part in text
+
+
+def test_info_advises_the_damping_of_the_python_interface(folder, capsys, influence):
+    expected = influence.recommend_damping()
+    found = json.loads(answer(capsys, "info", "influence.h5", "--json"))["damping"]
+    assert found["reason"] == expected.reason
+    assert found["advised"] == str(expected.damping)
+    assert damping_of(found["as_argument"]) == expected.damping
+    values = found["spearman_at_factor"]
+    assert {float(factor): value for factor, value in values.items()} == pytest.approx(expected.sensitivity)
+    assert f"0.1*mean {values['0.1']:.3f}" in answer(capsys, "info", "influence.h5")
+
+
+def test_info_advises_the_default_where_training_is_unknown(capsys):
+    path = str(GOLDEN / "schema_v3.h5")
+    assert json.loads(answer(capsys, "info", path, "--json"))["damping"]["as_argument"] == "1*mean"
+    assert "--damping 1*mean is advised, the default, since nothing" in answer(capsys, "info", path)
+
+
+def test_info_tells_of_a_damaged_file_what_it_can(folder, capsys, tmp_path):
+    path = shutil.copy("influence.h5", tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["layers/net.2/factors/Q_A"][0, 0] += 1
+    assert "damping: no advice: " in answer(capsys, "info", path)
+    assert json.loads(answer(capsys, "info", path, "--json"))["damping"]["advised"] is None
 
 
 def test_info_names_what_is_not_attributed(folder, capsys, tmp_path):
@@ -359,9 +395,17 @@ def test_bottom_gives_the_smallest_scores_too(folder, capsys, influence, query):
     [
         (["--damping", "0.01"], {"damping": 0.01}),
         (["--damping", "2*mean"], {"damping": HeuristicDamping(2.0)}),
+        (["--damping", "2*overall_mean"], {"damping": GlobalDamping(2.0)}),
+        (["--damping", "3*weight_decay"], {"damping": WeightDecayDamping(3.0)}),
+        (["--damping", "training"], {"damping": TrainingDamping()}),
         (["--curvature", "kfac"], {"curvature": "kfac"}),
         (["--curvature=identity"], {"curvature": "identity"}),
         (["--segments", "{1: 2.0}"], {"segments": {1: 2.0}}),
+        (["--layers", "[net.2]"], {"layers": ["net.2"]}),
+        (["--layers", "net.2"], {"layers": "net.2"}),
+        (["--layers=[net.*]"], {}),
+        (["--layers=*"], {}),
+        (["--subset", "5:40,100,41"], {"subset": [*range(5, 40), 100, 41]}),
         (["--measurement", "asking:first_logit"], {"measurement": lambda model, batch: model.net(batch[0])[:, 0]}),
     ],
 )
@@ -417,6 +461,23 @@ def test_self_influence_comes_in_order(folder, capsys, influence):
     assert [line.split()[1] for line in text.splitlines()] == ["index", *map(str, best)]
 
 
+@pytest.mark.parametrize("curvature", ["ekfac", "empirical_fisher"])
+def test_self_influence_of_some_examples_and_layers(folder, capsys, influence, curvature):
+    subset = [*range(100, 120), 7]
+    options = {"layers": ["net.2"], "curvature": curvature}
+    values = influence.self_influence(subset=subset, **options).numpy()
+    ask = ["--top=3", "--subset=100:120,7", "--layers=[net.2]", f"--curvature={curvature}", "--json"]
+    found = json.loads(answer(capsys, "self-influence", "influence.h5", *ask))
+    best = np.argsort(-values)[:3]
+    assert [each["index"] for each in found] == [subset[place] for place in best]
+    np.testing.assert_allclose([each["self_influence"] for each in found], values[best], rtol=1e-5)
+
+
+def test_fewer_examples_than_are_shown_by_default_are_all_shown(folder, capsys):
+    ask = ["top", "influence.h5", *ASK, "asking:one_batch", "--json", "--subset=3:7"]
+    assert [len(entry["top"]) for entry in json.loads(answer(capsys, *ask))] == [4, 4, 4]
+
+
 def test_examples_without_rows_are_left_out(capsys):
     text = answer(capsys, "self-influence", str(GOLDEN / "schema_v3.h5"))
     assert len(text.splitlines()) == 1 + 18  # of 20, two of which have no row
@@ -436,6 +497,32 @@ def test_a_table_has_every_example(folder, capsys, influence, query, tmp_path):
     assert not any(name.startswith("score") for name in rows[0])
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_arrow_tables_are_those_of_text(folder, capsys, tmp_path, suffix):
+    arrow = pytest.importorskip("pyarrow")
+    target = tmp_path / f"table.{suffix}"
+    for path in (target, tmp_path / "table.npz"):
+        answer(capsys, "export", "influence.h5", f"--to={path}", *ASK, "asking:batches")
+    if suffix == "parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table(target)
+    else:
+        table = arrow.ipc.open_file(target).read_all()
+    with np.load(tmp_path / "table.npz") as file:
+        expected = dict(file)
+    for number, row in enumerate(expected.pop("scores")):
+        expected[f"score_{number}"] = row
+    assert table.column_names == list(expected)
+    for name, column in expected.items():
+        np.testing.assert_array_equal(table[name].to_numpy(), column)
+
+
+def test_without_pyarrow_it_says_what_to_install(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in refusal(capsys, "export", "influence.h5", f"--to={tmp_path / 'a.parquet'}")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "npz"])
 def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp_path, suffix):
     target = tmp_path / f"table.{suffix}"
@@ -450,6 +537,23 @@ def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp
             found = [[float(row[f"score_{q}"]) for row in rows] for q in range(3)]
     expected = influence.scores(query).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+# merge
+
+
+def test_segments_are_merged_into_a_file_that_answers(folder, capsys, tmp_path):
+    target = tmp_path / "merged.h5"
+    line = answer(capsys, "merge", "segments.h5", f"--to={target}", "--bytes_per_example=300")
+    found = StoreReader(target)
+    assert "2 segments merged for the weights of segment 1, 100 rows of " in line
+    assert 200 < found.attributes["bytes_per_row"] <= 300
+    assert "merged by these learning rates" in answer(capsys, "info", str(target))
+    assert "sound" in answer(capsys, "verify", str(target))
+    ask = ["--checkpoint", "segments.ckpt", *ASK[2:], "asking:one_batch", "--k=5", "--json"]
+    merge_segments(StoreReader("segments.h5"), tmp_path / "other.h5", bytes_per_example=300)
+    one, other = (answer(capsys, "top", str(path), *ask) for path in (target, tmp_path / "other.h5"))
+    assert one == other
 
 
 # what it cannot do
@@ -479,8 +583,15 @@ def test_a_table_has_the_scores_of_queries(folder, capsys, influence, query, tmp
         ([*ASK, "asking:loader", "--device=abacus"], "`--device abacus` cannot be used"),
         ([*ASK, "asking:loader", "--damping=-1"], "`--damping` must be a positive number"),
         ([*ASK, "asking:loader", "--damping=much"], "`--damping` must be a positive number"),
+        ([*ASK, "asking:loader", "--damping=2*much"], "`--damping` must be a positive number"),
         ([*ASK, "asking:loader", "--curvature=flat"], "`curvature` must be one of"),
         ([*ASK, "asking:loader", "--segments={5: 1.0}"], "`segments` names 5"),
+        ([*ASK, "asking:loader", "--layers=[conv]"], "`layers` must be names or patterns of layers"),
+        ([*ASK, "asking:loader", "--subset=many"], "`--subset` must be indices and ranges such as 0:100,205"),
+        ([*ASK, "asking:loader", "--subset=5:5"], "`--subset 5:5` must name examples from 0 to 1436"),
+        ([*ASK, "asking:loader", "--subset=1430:1438"], "must name examples from 0 to 1436"),
+        ([*ASK, "asking:loader", "--subset=1:4,2"], "names an example twice"),
+        ([*ASK, "asking:loader", "--k=5", "--subset=1:4"], "`k` must be an integer from 1 to 3"),
         ([*ASK, "asking:loader", "--k=0"], "`k` must be an integer from 1 to 1437"),
         ([*ASK, "asking:loader", "--measurement=asking:not_a_function"], "must name a function of (model, batch)"),
         (
@@ -502,7 +613,13 @@ def test_a_question_that_cannot_be_answered_is_told_in_one_line(folder, capsys, 
         (["info", "last.ckpt"], "is not HDF5"),
         (["self-influence", "influence.h5", "--top=0"], "`--top` must be at least 1, got 0"),
         (["export", "influence.h5", "--to=table.csv", *ASK, "asking:not_a_number"], "query 2: its scores are not"),
-        (["export", "influence.h5", "--to=table.xls"], "`--to` must end in .csv or .npz"),
+        (
+            ["merge", "influence.h5", "--to=table.csv"],
+            "has one segment up to number 1, so there is nothing to merge",
+        ),
+        (["merge", "segments.h5", "--to=segments.h5"], "is the file that is merged"),
+        (["merge", "segments.h5", "--to=table.csv", "--bytes_per_example=0"], "must be at least 1, got 0"),
+        (["export", "influence.h5", "--to=table.xls"], "`--to` must end in .csv, .npz, .parquet or .arrow"),
         (["export", "influence.h5", "--to=nowhere/table.csv"], "there is no folder"),
         (["export", "influence.h5", "--to=table.csv", "--model=command_line:Digits"], "`--checkpoint` is missing"),
     ],
@@ -568,6 +685,26 @@ def test_progress_is_for_terminals_and_for_what_takes_over_a_second(monkeypatch,
     assert sys.stderr.getvalue() == ""
     assert [time.sleep(seconds) for seconds in progress([0.6, 0.6])] == [None, None]
     assert "2/2" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bar"),
+    [
+        (["self-influence", "influence.h5", "--json"], "self-influence: "),
+        (["top", "influence.h5", *ASK, "asking:batches", "--json"], "it"),
+        (["verify", "influence.h5"], "B/s"),
+        (["export", "influence.h5", "--to=progress.csv"], "self-influence: "),
+        (["merge", "segments.h5", "--to=progress.h5"], "merging: "),
+    ],
+)
+def test_bars_leave_the_answer_alone(folder, monkeypatch, capsys, arguments, bar):
+    plain = answer(capsys, *arguments)
+    monkeypatch.setattr(progress_module, "DELAY", 0)
+    assert answer(capsys, *arguments) == plain
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert answer(capsys, *arguments) == plain
+    assert bar in sys.stderr.getvalue()
 
 
 def test_the_script_is_what_is_tested_here():

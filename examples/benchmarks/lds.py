@@ -7,6 +7,7 @@ over the halves, of that sum and the query's log-likelihood, averaged over the s
 over the queries.
 
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
+    python examples/benchmarks/lds.py --task mlp cnn transformer --methods merged-later
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher fisher-merged
     python examples/benchmarks/lds.py --task mlp cnn --methods labels         # labels that the model predicts
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence
@@ -55,11 +56,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature import HeuristicDamping
+from lightning_influence.store import StoreReader
+from lightning_influence.trajectory import merge_segments
 
 METHODS = (
     "final",
     "merged",
     "segments",
+    "merged-later",
     "dot",
     "kfac",
     "diagonal",
@@ -87,6 +91,7 @@ class Capture:
         asked: of `InfluenceModule.scores`.
         is_damped: whether damping matters.
         further_factors: of damping, beside the task's.
+        merges_later: whether the file's segments are merged before it is asked.
     """
 
     family: str
@@ -95,6 +100,7 @@ class Capture:
     asked: Mapping[str, Any] = field(default_factory=dict)
     is_damped: bool = True
     further_factors: tuple[float, ...] = ()
+    merges_later: bool = False
 
 
 def captures(task: Task, method: str) -> list[Capture]:
@@ -137,6 +143,9 @@ def captures(task: Task, method: str) -> list[Capture]:
         return every + some
     _require("trajectory", InfluenceCallback, "keep segments apart from merged rows")
     _require("segments", InfluenceModule.scores, "score segments together")
+    if method == "merged-later":
+        kept = _with_budget("every epoch, segments merged later", 8192, epochs="every", trajectory="segments")
+        return [replace(kept, merges_later=True)]
     asked = {"segments": "learning_rate"}
     return [_with_budget("every epoch, segments", 8192, asked, epochs="every", trajectory="segments")]
 
@@ -203,13 +212,19 @@ def sum_over_halves(scores: Tensor, subsets: np.ndarray) -> np.ndarray:
     return (scores.double() @ torch.tensor(subsets.T, dtype=torch.float64)).numpy()
 
 
+def _merged(path: Path) -> Path:
+    """One row an example of the file's segments, in as many bytes as a segment's row may have."""
+    merge_segments(StoreReader(path), path.with_name("merged.h5"), bytes_per_example=8192)
+    return path.with_name("merged.h5")
+
+
 def predict(task: Task, chosen: list[Capture], seed: int) -> Iterator[Prediction]:
     """Train with the callback, ask the file; the options of all captures are the same."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "influence.h5"
         model = train(task, seed, InfluenceCallback(path, on_error="raise", **chosen[0].options))
-        influence = InfluenceModule.attach(model, path)
         for capture in chosen:
+            influence = InfluenceModule.attach(model, _merged(path) if capture.merges_later else path)
             rows = len(influence.store.segments) if "segments" in capture.asked else 1
             sums = {
                 (f"{factor:g}" if capture.is_damped else "none"): sum_over_halves(

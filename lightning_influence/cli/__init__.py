@@ -1,4 +1,4 @@
-"""The command line: `lightning-influence info | verify | top | self-influence | export FILE`."""
+"""The command line: `lightning-influence info | verify | top | self-influence | export | merge FILE`."""
 
 from lightning_influence.cli.main import main
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_influence.cli.facts import counts_of, facts_of, megabytes
-from lightning_influence.cli.loading import progress
+from lightning_influence.cli.progress import progress
 from lightning_influence.errors import (
     CorruptStoreError,
     IncompleteStoreError,

@@ -20,14 +20,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_influence.curvature import AbsoluteDamping, Damping, HeuristicDamping, get_curvature
+from lightning_influence.cli.dampings import damping_of
+from lightning_influence.cli.examples import subset_of
+from lightning_influence.cli.progress import progress
+from lightning_influence.curvature import get_curvature
 from lightning_influence.errors import InfluenceError, QueryError
 from lightning_influence.module import InfluenceModule
+from lightning_influence.store import StoreReader
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-_RULE = "*mean"
 _END = object()  # of the batches
 
 
@@ -94,7 +97,7 @@ def batches(options: Namespace) -> Iterator[Any]:
 
 
 def asked(options: Namespace) -> dict[str, Any]:
-    """`damping`, `curvature` and `segments`, as queries take them.
+    """`damping`, `curvature`, `segments` and `layers`, as queries take them.
 
     Raises:
         ValueError: if there is no such damping or curvature.
@@ -103,7 +106,17 @@ def asked(options: Namespace) -> dict[str, Any]:
         "damping": damping_of(options.damping),
         "curvature": get_curvature(options.curvature),
         "segments": options.segments,
+        "layers": options.layers,
     }
+
+
+def asked_subset(options: Namespace, store: StoreReader) -> dict[str, Any]:
+    """`subset`, as queries take it, if there is one.
+
+    Raises:
+        ValueError: if it names no examples of the file.
+    """
+    return {} if options.subset is None else {"subset": subset_of(options.subset, store.num_examples)}
 
 
 def measured(options: Namespace) -> dict[str, Callable | None]:
@@ -127,28 +140,6 @@ def measured(options: Namespace) -> dict[str, Callable | None]:
             return measurement(model, batch)
 
     return {"measurement": told}
-
-
-def damping_of(text: float | str) -> Damping:
-    """`AbsoluteDamping` of a number, `HeuristicDamping` of the factor in such as "1*mean".
-
-    Raises:
-        ValueError: if it is neither.
-
-    Example:
-        >>> damping_of("1*mean"), damping_of("0.01")
-        (HeuristicDamping(factor=1.0), AbsoluteDamping(value=0.01))
-    """
-    number = str(text).replace(" ", "")
-    try:
-        if number.endswith(_RULE):
-            return HeuristicDamping(float(number.removesuffix(_RULE)))
-        return AbsoluteDamping(float(number))
-    except ValueError as error:
-        raise ValueError(
-            f"`--damping` must be a positive number, or a positive multiple of the mean such as 1{_RULE}, "
-            f"got {text!r}."
-        ) from error
 
 
 def imported(name: str, argument: str) -> Any:
@@ -175,13 +166,6 @@ def imported(name: str, argument: str) -> Any:
             raise QueryError(f"`{argument} {name}`: {module_name!r} has no {attribute!r}.")
         found = getattr(found, part)
     return found
-
-
-def progress(steps: Iterable[Any] | None, **options: Any) -> Any:
-    """The steps, with Lightning's own kind of bar on stderr if it is a terminal and they take over a second."""
-    from tqdm.auto import tqdm
-
-    return tqdm(steps, delay=1, disable=None, leave=False, file=sys.stderr, **options)
 
 
 def _batched(data: Any, batch_size: int, where: str) -> Iterable[Any]:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_influence.cli import checking, facts, loading, tables
+from lightning_influence.cli import advice, checking, dampings, examples, facts, loading, tables
+from lightning_influence.cli.progress import progress
 from lightning_influence.errors import InfluenceError
-from lightning_influence.query import InfluenceQuery
+from lightning_influence.exports import WRITERS, example_columns
+from lightning_influence.row_choice import DEFAULT_BYTES
 from lightning_influence.store import StoreReader
+from lightning_influence.trajectory import merge_segments
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -65,8 +68,10 @@ def _fail(message: str) -> int:
 
 def info(options: Namespace) -> int:
     """Print what a file holds."""
-    found = facts.facts_of(StoreReader(options.file))
-    _print(found, facts.text_of(found), options.json)
+    store = StoreReader(options.file)
+    found = facts.facts_of(store)
+    found["damping"] = advice.advice_of(store)
+    _print(found, "\n".join([facts.text_of(found), advice.text_of(found["damping"])]), options.json)
     return 0
 
 
@@ -81,9 +86,12 @@ def top(options: Namespace) -> int:
     """Print the examples with the largest, and the smallest, scores of each query."""
     asked = loading.asked(options) | loading.measured(options)
     influence = loading.load_influence(options)
+    asked |= loading.asked_subset(options, influence.store)
     ends = {"top": True, "bottom": False} if options.bottom else {"top": True}
     queries: list[dict[str, Any]] = []
-    k = min(DEFAULT_K, _valid_rows(influence.store)) if options.k is None else options.k
+    k = options.k
+    if k is None:
+        k = min(DEFAULT_K, _valid_rows(influence.store, asked.get("subset")))
     for batch in loading.batches(options):
         found = {end: influence.top_k(batch, k, largest=largest, **asked) for end, largest in ends.items()}
         for row in range(len(found["top"].indices)):
@@ -96,9 +104,10 @@ def top(options: Namespace) -> int:
     return 0
 
 
-def _valid_rows(store: StoreReader) -> int:
+def _valid_rows(store: StoreReader, subset: np.ndarray | None) -> int:
     """At least 1, so that a file without any is refused as ever."""
-    return max(1, int((store.column("written").astype(bool) & store.column("valid").astype(bool)).sum()))
+    valid = store.column("written").astype(bool) & store.column("valid").astype(bool)
+    return max(1, int((valid if subset is None else valid[subset]).sum()))
 
 
 def self_influence(options: Namespace) -> int:
@@ -106,15 +115,16 @@ def self_influence(options: Namespace) -> int:
     if options.top < 1:
         raise ValueError(f"`--top` must be at least 1, got {options.top}.")
     store = StoreReader(options.file)
-    values = InfluenceQuery(store).self_influence(**loading.asked(options))
-    indices = tables.largest(values, options.top)
-    found = tables.records(store, indices, self_influence=values[indices])
+    asked = loading.asked(options) | loading.asked_subset(options, store)
+    indices, values = examples.self_influence_of(store, asked)
+    best = tables.largest(values, options.top)
+    found = tables.records(store, indices[best], self_influence=values[best])
     _print(found, tables.table(found), options.json)
     return 0
 
 
 def export(options: Namespace) -> int:
-    """Write every example's columns and self-influence, and scores if there are queries, to .csv or .npz."""
+    """Write every example's columns and self-influence, and scores if there are queries, to a table."""
     write = tables.writer_to(options.to, options.file)
     asked = loading.asked(options)
     scores: list[np.ndarray] | None = None
@@ -129,8 +139,27 @@ def export(options: Namespace) -> int:
             for row in found:
                 tables.check_scores(len(scores), row)
                 scores.append(row.numpy())
-    columns = tables.columns(store) | {"self_influence": InfluenceQuery(store).self_influence(**asked).numpy()}
+    columns = example_columns(store) | {"self_influence": examples.self_influence_of(store, asked)[1].numpy()}
     print(write(columns, scores))
+    return 0
+
+
+def merge(options: Namespace) -> int:
+    """Merge the segments of a file to one row an example, into a new file."""
+    store = StoreReader(options.file)
+    count = merge_segments(
+        store,
+        options.to,
+        weighting=options.weighting,
+        bytes_per_example=options.bytes_per_example,
+        watch=lambda chunks: progress(chunks, desc="merging"),
+    )
+    found = StoreReader(options.to)
+    print(
+        f"{options.to}: {count} segments merged for the weights of segment {store.number}, "
+        f"{found.attributes['rows_written']:,} rows of {found.attributes['bytes_per_row']:,} bytes, "
+        f"{facts.megabytes(found.path.stat().st_size)}"
+    )
     return 0
 
 
@@ -175,12 +204,7 @@ def _json_arguments(parser: ArgumentParser) -> None:
 
 
 def _curvature_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--damping",
-        type=float | str,
-        default="1*mean",
-        help="added to each layer's eigenvalues: a number, or a multiple of their mean",
-    )
+    parser.add_argument("--damping", type=float | str, default="1*mean", help=dampings.HELP)
     curvatures = "ekfac, kfac, diagonal, empirical_fisher or identity"
     parser.add_argument("--curvature", type=str, default="ekfac", help=curvatures)
     parser.add_argument(
@@ -189,6 +213,16 @@ def _curvature_arguments(parser: ArgumentParser) -> None:
         default="last",
         help="which epochs of a file that keeps several, or {epoch: weight}",
     )
+
+    parser.add_argument(
+        "--layers",
+        type=list[str] | str | None,
+        help="name or pattern of the layers to sum over, or a list such as '[encoder.*, head]'; all by default",
+    )
+
+
+def _subset_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--subset", type=str | None, help=examples.HELP)
 
 
 def _question_arguments(parser: ArgumentParser) -> None:
@@ -227,7 +261,18 @@ def _number_arguments(parser: ArgumentParser) -> None:
 
 
 def _target_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--to", type=str, required=True, help="where to write, ending in .csv or .npz")
+    parser.add_argument("--to", type=str, required=True, help=f"where to write, ending in {', '.join(WRITERS)}")
+
+
+def _merge_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--to", type=str, required=True, help="the new file")
+    parser.add_argument(
+        "--weighting",
+        type=Literal["learning_rate", "mean"],
+        default="learning_rate",
+        help="of epochs: by their mean learning rates, or equally",
+    )
+    parser.add_argument("--bytes_per_example", type=int, default=DEFAULT_BYTES, help="budget of a merged row")
 
 
 COMMANDS = {
@@ -239,6 +284,7 @@ COMMANDS = {
         _question_arguments,
         _top_arguments,
         _curvature_arguments,
+        _subset_arguments,
         _json_arguments,
     ),
     "self-influence": Command(
@@ -246,6 +292,7 @@ COMMANDS = {
         "the examples that bend the model most for themselves; look at their labels",
         _number_arguments,
         _curvature_arguments,
+        _subset_arguments,
         _json_arguments,
     ),
     "export": Command(
@@ -254,6 +301,11 @@ COMMANDS = {
         _target_arguments,
         _question_arguments,
         _curvature_arguments,
+    ),
+    "merge": Command(
+        merge,
+        "add up the epochs of a file that keeps several to one row an example, for the last weights",
+        _merge_arguments,
     ),
 }
 

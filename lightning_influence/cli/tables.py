@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_influence import exports
+from lightning_influence.cli.progress import progress
 from lightning_influence.errors import QueryError
+from lightning_influence.exports import Columns
 from lightning_influence.functional.ranking import top_k
-from lightning_influence.store import COLUMNS, StoreReader
+from lightning_influence.store import StoreReader
 
-Columns = Mapping[str, np.ndarray]
 _INTEGER_UNKNOWN = -1  # labels and steps, see `store.schema`
-
-
-def columns(store: StoreReader) -> dict[str, np.ndarray]:
-    """The index and every column of all examples, [N] each; a value of an unwritten row means nothing."""
-    return {"index": np.arange(store.num_examples)} | {name: store.column(name) for name in COLUMNS}
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -114,39 +110,24 @@ def writer_to(target: str, source: str) -> Callable[[Columns, Sequence[np.ndarra
         source: path of the file that is read.
 
     Raises:
-        ValueError: if the suffix is neither .csv nor .npz, if there is no such folder, or if the target is the
-            source.
+        ValueError: if the target is the source, or as `exports.check_table_path`.
+        QueryError: as that.
     """
     path = Path(target)
-    writers = {".csv": _write_csv, ".npz": _write_npz}
-    if path.suffix not in writers:
-        raise ValueError(f"`--to` must end in .csv or .npz, got {target!r}.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"`--to {target}`: there is no folder {path.absolute().parent}.")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise ValueError(f"`--to {target}` is the file of gradients itself; name another.")
+    exports.check_table_path(path, "`--to`")
 
     def write(columns: Columns, scores: Sequence[np.ndarray] | None) -> str:
         joined = None if scores is None else np.stack(scores)
-        writers[path.suffix](path, columns, joined)
+        added = {} if joined is None else exports.score_columns(joined)
+        if path.suffix == ".npz" and joined is not None:
+            added = {"scores": joined}
+        exports.write_table(path, {**columns, **added}, watch=progress)
         queries = "" if joined is None else f"; scores of {len(joined):,} quer{'y' if len(joined) == 1 else 'ies'}"
         return f"{path}: {len(columns['index']):,} examples, {', '.join(columns)}{queries}"
 
     return write
-
-
-def _write_npz(path: Path, columns: Columns, scores: np.ndarray | None) -> None:
-    arrays: dict[str, Any] = {**columns, **({} if scores is None else {"scores": scores})}
-    np.savez(path, **arrays)
-
-
-def _write_csv(path: Path, columns: Columns, scores: np.ndarray | None) -> None:
-    added = {} if scores is None else {f"score_{q}": row for q, row in enumerate(scores)}
-    everything = {**columns, **added}
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(everything)
-        writer.writerows(zip(*(column.tolist() for column in everything.values()), strict=True))
 
 
 def plain(found: Any) -> Any:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_influence.errors import WeightsMismatchError
+from lightning_influence.exports import example_columns, known_of_examples, ranked_columns
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer, find_layers
 from lightning_influence.query import Attribution, InfluenceQuery, described_layers
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
-from lightning_influence.training.asking import Measurement, example_gradients
+from lightning_influence.training.asking import Measurement, example_gradients, without_other_processes
 
 
 class HostedModel(LightningModule):
@@ -41,6 +44,23 @@ class HostedModel(LightningModule):
         self._engine().check_k(k, options.get("segments"))
         gradients = self._gradients(batch, options.pop("measurement", None))
         return self._engine().top_k(gradients, k, largest=largest, **options)
+
+    def to_columns(self, answers: Attribution | Sequence[Attribution] | None = None) -> dict[str, np.ndarray]:
+        """A table, as a dict from names to arrays of one length: `pandas.DataFrame(influence.to_columns())`.
+
+        Args:
+            answers: of `top_k`, or a list of them, as `trainer.predict` returns it.
+
+        Returns:
+            Without answers a row for each training example: `index` and all that the file knows of it (`written`,
+            `valid`, `loss`, `step`, `learning_rate`, `label`, `occurrences`). Else a row for each query and each
+            of its examples: `query` (counted from 0 over all answers), `rank` (from 1), `index`, `score`, `label`,
+            `loss`, `step`. What the file does not know is -1 in `label` and `step`, and NaN in the others.
+        """
+        if answers is None:
+            return example_columns(self.store)
+        answers = [answers] if isinstance(answers, Attribution) else answers
+        return ranked_columns(answers, known_of_examples(self.store))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The model's own hook: its batches are prepared as in training."""
@@ -70,7 +90,8 @@ class HostedModel(LightningModule):
     def _gradients(self, batch: Any, measurement: Measurement | None) -> dict[str, LayerGradient]:
         """Gradients of minus the measurement, of each query and layer."""
         loss = cast(LossKind, self.store.attributes.get("loss", "auto"))
-        asked = example_gradients(self.model, self._tracked, batch, loss=loss, measurement=measurement)
+        with without_other_processes():  # `predict` may give processes different numbers of batches
+            asked = example_gradients(self.model, self._tracked, batch, loss=loss, measurement=measurement)
         return asked.gradients
 
 

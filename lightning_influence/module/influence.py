@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -20,6 +21,7 @@ from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.fisher import describe_fisher
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage
+from lightning_influence.module.ensemble import Average, InfluenceEnsemble
 from lightning_influence.module.hosted import HostedModel
 from lightning_influence.query import (
     MEMORY_BUDGET,
@@ -112,6 +114,11 @@ class InfluenceModule(HostedModel):
                 load_kwargs["weights_only"] = weights_only
             model = model.load_from_checkpoint(Path(checkpoint), **load_kwargs)
         return cls(model, matching_segment(model, reader, checkpoint=Path(checkpoint)))
+
+    @staticmethod
+    def ensemble(models: Sequence[InfluenceModule], *, average: Average = "mean") -> InfluenceEnsemble:
+        """Ask several runs on the same dataset as one, by the mean of their scores; see `InfluenceEnsemble`."""
+        return InfluenceEnsemble(models, average=average)
 
     @overload
     def scores(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,11 +18,15 @@ from lightning_influence.attachment import find_store, matching_segment
 from lightning_influence.curvature import AnyDamping, Curvature
 from lightning_influence.damping_advice import DampingAdvice
 from lightning_influence.errors import CorruptStoreError, QueryError
+from lightning_influence.evaluation.handed_in import scores_of_gradients
+from lightning_influence.evaluation.report import VerificationReport
+from lightning_influence.evaluation.report_run import Verification
 from lightning_influence.fisher import describe_fisher
 from lightning_influence.layers import Coverage
 from lightning_influence.module.hosted import HostedModel
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, described_layers
 from lightning_influence.segments import Segments
+from lightning_influence.solvers.objective import Loss
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement
 
@@ -248,6 +253,68 @@ class InfluenceModule(HostedModel):
         as `damping=`; print it to see why, and how scores would differ at others.
         """
         return self._engine().recommend_damping()
+
+    def scores_of(
+        self,
+        batch: Any,
+        examples: Any,
+        *,
+        damping: AnyDamping = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        measurement: Measurement | None = None,
+    ) -> Tensor:
+        """Scores of training examples that are handed in, at the model's weights: what adding them would do.
+
+        For examples that the file has no row of: with another label, another image, from another source. Plus
+        the score over the number of training examples estimates what adding the example does to the measurement.
+
+        Args:
+            batch: q queries.
+            examples: m examples, as `training_step` takes a batch.
+            damping: as in `scores`, like all others; the curvature that is made of rows is refused.
+
+        Returns:
+            Shape [q, m], on the CPU.
+        """
+        queries, new = (self._gradients(self._transferred(b), m) for b, m in ((batch, measurement), (examples, None)))
+        return scores_of_gradients(self._engine(), queries, new, damping=damping, curvature=curvature)
+
+    def verify(
+        self,
+        train_loader: Iterable[Any] | None = None,
+        query_batch: Any = None,
+        *,
+        damping: AnyDamping = DEFAULT_DAMPING,
+        loss: Loss | None = None,
+        minutes: float = 5.0,
+        seed: int = 0,
+    ) -> VerificationReport:
+        """How far scores can be trusted, on this model and file; `print` the report, or take its `to_json()`.
+
+        From the file: how much of the model is covered, how rows aged, what storing loses, whether the damping
+        matters, how much of the order is chance. With data also: whether rows still say what gradients say, and
+        agreement with conjugate gradients on the Gauss-Newton matrix. What cannot be asked is left out, and why
+        is said.
+
+        Args:
+            train_loader: of the training set, shuffled or not; batches as `training_step` takes them.
+            query_batch: queries, of which the first 8 are asked; None takes training examples.
+            damping: that you ask with.
+            loss: `loss(outputs, targets) -> [n]` of torch's own functions, for a plain module and pairs
+                (inputs, targets); a `LightningModule` has its `training_step`.
+            minutes: that it may take, roughly: examples are left out to keep it.
+            seed: of what is drawn.
+        """
+        made = Verification(
+            self._engine(),
+            self.model,
+            self._tracked,
+            loss_kind=self.store.attributes.get("loss", "auto"),
+            damping=damping,
+            minutes=minutes,
+            seed=seed,
+        )
+        return made.report(loader=train_loader, query_batch=query_batch, move=self._transferred, loss=loss)
 
     @property
     def coverage(self) -> Coverage:

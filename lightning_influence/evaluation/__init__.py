@@ -1,0 +1,1 @@
+"""Whether scores predict what they should: references, retraining, reports."""

@@ -4,8 +4,8 @@ A decoder-only transformer learns to write Python, character by character, from 
 callback stores the gradient of every passage, through embeddings, attention and layer norms. Then the
 model completes a line, and we ask as Grosse et al. 2023 (arXiv:2308.03296) did of large models: which
 training passages raised the likelihood of this completion? In which layers, and for which characters?
-Then we take the passages away and train again, to see whether the answers are true. In the end, on a narrower model
-with less text, scores are compared with what they approximate: the Gauss-Newton matrix, solved by conjugate gradients.
+Then we take the passages away and train again, to see whether the answers are true. In the end, on a narrower
+model with less text, scores are compared with what they approximate: conjugate gradients on the Gauss-Newton matrix.
 
 Prints text, and writes `char_transformer.png`. Takes three to four minutes on 2 cores. Needs
 `pip install lightning-influence[examples]`.
@@ -339,11 +339,15 @@ short = windows("".join(read_library(REFERENCE_FILES).values()))
 narrow_path, drawn_path = (Path(workdir.name, name) for name in ("narrow.h5", "drawn.h5"))
 callback = InfluenceCallback(narrow_path, bytes_per_example=32_768)
 narrow = fit(short, callback, width=REFERENCE_WIDTH, epochs=REFERENCE_EPOCHS).lightning_module.eval()
-capture(narrow, DataLoader(short, BATCH_SIZE), drawn_path, bytes_per_example=32_768, fisher="sampled", fisher_samples=4)
+capture(
+    narrow, DataLoader(short, BATCH_SIZE), drawn_path, bytes_per_example=32_768, fisher="sampled", fisher_samples=4
+)
 sources_of_labels = {"training": narrow_path, "drawn": drawn_path}
 narrow_influences = {name: InfluenceModule.attach(narrow, file) for name, file in sources_of_labels.items()}
 asked = tuple(tensor[:: len(tensor) // QUERIES][:QUERIES] for tensor in windows(held_out).tensors)
-factors = [narrow_influences["drawn"].store.factors(name)["Lambda"] for name in narrow_influences["drawn"].store.layers]
+factors = [
+    narrow_influences["drawn"].store.factors(name)["Lambda"] for name in narrow_influences["drawn"].store.layers
+]
 mean_eigenvalue = float(np.concatenate([eigenvalues.ravel() for eigenvalues in factors]).mean())
 
 
@@ -357,7 +361,9 @@ def reference(damping: float, *, only_mlp: bool) -> Tensor:
         parameter.requires_grad_(not only_mlp or ".mlp." in name)
     solver = ConjugateGradient(rtol=1e-2, maxiter=60, block=True)
     if not only_mlp:  # sooner, but no other solution
-        solver = replace(solver, preconditioner=EKFACPreconditioner.from_store(narrow, drawn_path, damping=damping))
+        solver = replace(
+            solver, preconditioner=EKFACPreconditioner.from_store(narrow, drawn_path, damping=damping)
+        )
     options = {"loss": window_losses, "curvature": "gauss-newton", "hessian_regularization": damping}
     found = compute_influences(narrow, DataLoader(short, 64), [asked], solver=solver, **options)
     narrow.requires_grad_(True)

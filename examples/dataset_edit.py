@@ -20,16 +20,16 @@ Prints a table, and writes `dataset_edit.png`. Takes about two minutes on 2 core
 #     duplicate group:   + sum of score(q, z) / N         z comes in once more
 #     relabel group:     sum of (score(q, z') - score(q, z)) / N     z leaves, z' = (image, new label) comes in
 #
-# Removal and duplication are thus opposites in every prediction. In truth they are not: what one image less
-# does is more than what one more does, since the first copy teaches most. That is second order. A new label is not
-# in the file, as no row was captured with it; `scores_of` makes its gradient, at the final weights. There the model
-# is sure of the old label, so the gradient is large, and stays so only until the model gives in: retrained with
-# the new labels, it would fit them, and its gradient shrinks. First order knows nothing of that, so
-# that predicted sizes must be too large, while the order can still be right.
+# Removal and duplication are thus opposites in every prediction. In truth they are not: what one image less does
+# is more than what one more does, since the first copy teaches most. That is second order. A new label is not in
+# the file, as no row was captured with it; `scores_of` makes its gradient, at the final weights. There the model is
+# sure of the old label, so the gradient is large, and stays so only until the model gives in: trained with the new
+# labels it would fit them, and the gradient would shrink. First order knows nothing of that, so that predicted
+# sizes must be too large, while the order can still be right.
 #
-# Besides the file of the final epoch two others are asked: one that is merged over all epochs (`epochs="every"`), and
-# one whose curvature is made of the labels that the model itself predicts, not of the training set's. None has rows of
-# the new labels.
+# Besides the file of the final epoch two others are asked: one that is merged over all epochs (`epochs="every"`),
+# and one whose curvature is made of the labels that the model itself predicts, not of the training set's. None has
+# rows of the new labels.
 
 import argparse
 import logging
@@ -153,7 +153,7 @@ for number in range(GROUPS):
 # The predictions
 # ---------------
 # In nats, for each group and query [g, q]. Nothing is trained for this. The damping is the one that the file
-# advises; of the first file we also try a larger one, since the size of a prediction depends on it before all else.
+# advises; of the first file we also try a larger one, since predicted sizes depend on it before all else.
 
 
 def predict(influence: InfluenceModule, damping: AnyDamping) -> dict[str, Tensor]:
@@ -169,7 +169,9 @@ start = time.perf_counter()
 advised = {name: influence.recommend_damping().damping for name, influence in influences.items()}
 predicted = {(name, "advised"): predict(influence, advised[name]) for name, influence in influences.items()}
 predicted["final epoch", "10 x mean"] = predict(influences["final epoch"], HeuristicDamping(10.0))
-print(f"{len(predicted) * len(EDITS) * GROUPS} edits predicted in {time.perf_counter() - start:.1f} s; advised are:")
+print(
+    f"{len(predicted) * len(EDITS) * GROUPS} edits predicted in {time.perf_counter() - start:.1f} s; advised are:"
+)
 for name, damping in advised.items():
     print(f"  {name}: {damping}")
 
@@ -256,7 +258,8 @@ for number, (edit, y) in enumerate(actual.items()):
         x = edits[edit]
         mean_x, mean_y = x.mean(1), y.mean(1)
         print(
-            f"{edit:10} {name:12} {description:12} {by_query(x, y):8.2f} {pearsonr(x.flatten(), y.flatten())[0]:8.2f}"
+            f"{edit:10} {name:12} {description:12} {by_query(x, y):8.2f}"
+            f" {pearsonr(x.flatten(), y.flatten())[0]:8.2f}"
             f" {slope(x, y):7.3f} ± {slope_error(x, y):.3f} {spearmanr(mean_x, mean_y)[0]:16.2f}"
             f" {pearsonr(mean_x, mean_y)[0]:8.2f} {slope(mean_x, mean_y):6.2f}"
         )
@@ -300,8 +303,8 @@ print(f"\nThe picture, of the file with the model's own labels, is in {args.outp
 # -------------
 
 print("""
-Edits come in an order that is far better than chance, and far worse than the noise of retraining allows. Large effects
-are found (Pearson), small ones drown. Predicted sizes are too large. One reason is the labels: factors of training
-labels that are fitted are small, so that their inverse is large; with the model's own labels the order is the
-same and removal is off by 2 instead of 5. More damping mends sizes as well, but spoils the order. Relabelling is
-overestimated most, as first order must; still, its order is predicted as well as that of the others.""")
+Edits come in an order that is far better than chance, and far worse than the noise of retraining allows. Large
+effects are found (Pearson), small ones drown. Predicted sizes are too large. One reason is the labels: factors of
+training labels that are fitted are small, so that their inverse is large; with the model's own labels the order is
+the same, and removal is off by a factor of 2 instead of 5. More damping mends sizes as well, but spoils the order.
+Relabelling is overestimated most, as first order must; still, its order is predicted as well as the others'.""")

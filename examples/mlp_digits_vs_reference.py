@@ -197,7 +197,9 @@ for name, values in {**scores, "random": random}.items():
         print(line)
 norms = influences["training labels"].self_influence(curvature="identity")
 rho = spearmanr(norms, margin)[0]
-print(f"\nThe size of a digit's gradient follows its margin: Spearman {rho:.2f}. Weighed by it, any ranking prefers")
+print(
+    f"\nThe size of a digit's gradient follows its margin: Spearman {rho:.2f}. Weighed by it, any ranking prefers"
+)
 print("digits with small margins. Without it, by scores over the gradient's size:")
 for name in ("training labels", "reference"):
     found = (scores[name] / norms.sqrt()).topk(TOP).indices.unique()
@@ -244,8 +246,9 @@ print(f"\nThe picture is in {args.output}.")
 # -------------
 
 print("""
-The most influential digits, helpful or harmful, by the file or by the reference, are sloppier than their class and very
-near the border between classes; random ones are not. But that is what large gradients look like: over the
-gradient's size, it is neat, typical digits that help. So a top list says where the model can be moved, and the order
-without the size says whose example it follows. EK-FAC agrees with the reference in part only, more at more damping,
-and more with curvature of the model's own labels; plain dot products hardly agree at all.""")
+The most influential digits, helpful or harmful, by the file or by the reference, are sloppier than their class and
+very near the border between classes; random ones are not. But that is what large gradients look like: over the
+gradient's size, neat and typical digits help most. So a top list says where the model can be moved, and the order
+without the size says whose example it follows. EK-FAC agrees with the reference in part only: more at the ends of
+the list than in its middle, more at more damping, and more if its curvature is made of the model's own labels.
+Plain dot products hardly agree at all.""")

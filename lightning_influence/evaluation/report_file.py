@@ -68,9 +68,7 @@ class Drawn:
     def _count(self) -> int:
         return len(self.asked) if self.queries is None else min(QUERIES, len(next(iter(self.queries.values()))))
 
-    def _query(
-        self, name: str, layer: ScoredLayer, arrays: Mapping[str, Tensor], part: slice
-    ) -> LayerGradient:
+    def _query(self, name: str, layer: ScoredLayer, arrays: Mapping[str, Tensor], part: slice) -> LayerGradient:
         if self.queries is not None:
             return self.queries[name][: self._count][part].to(layer.Lambda.device)
         return DenseGradient(layer.codec.decode({key: array[self.asked[part]] for key, array in arrays.items()}))
@@ -166,7 +164,7 @@ def halves_check(engine: InfluenceQuery, drawn: Drawn, damping: AnyDamping, *, s
 
 
 def inverses(engine: InfluenceQuery, damping: AnyDamping, ratios: Mapping[str, Tensor] | None = None) -> Inverses:
-    """EK-FAC's damped inverse eigenvalues, by layer [o, i]; with ratios, of Lambda times these, damped as Lambda is."""
+    """EK-FAC's damped inverse eigenvalues, by layer [o, i]; of Lambda times `ratios`, if any, at Lambda's damping."""
     kind = get_curvature("ekfac")
     rules = engine.dampings(kind, as_damping(damping))
     found = {}
@@ -241,6 +239,13 @@ def agreement(scores: Tensor, others: Tensor) -> float:
             found.append(mean_rank_correlation(one[known][None], other[known][None]))
     found = [value for value in found if not math.isnan(value)]
     return float(np.mean(found)) if found else math.nan
+
+
+def mean_pearson(scores: Tensor, others: Tensor) -> float:
+    """Mean linear correlation over queries, of scores [q, n] without NaN: large ones weigh most."""
+    one, other = (each.double() - each.double().mean(1, keepdim=True) for each in (scores, others))
+    sizes = one.norm(dim=1) * other.norm(dim=1)
+    return float(((one * other).sum(1) / sizes)[sizes > 0].mean())
 
 
 def top_overlap(scores: Tensor, others: Tensor, k: int = TOP) -> float:

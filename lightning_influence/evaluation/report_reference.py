@@ -1,4 +1,4 @@
-"""The questions of a report that need training data: fresh gradients, and conjugate gradients on the Gauss-Newton."""
+"""The questions of a report that need training data: new gradients, and a solver of the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_influence.curvature import AnyDamping, as_damping, get_curvature
 from lightning_influence.errors import InfluenceError
 from lightning_influence.evaluation.handed_in import precondition, scores_along
 from lightning_influence.evaluation.report import FAIR, Check
-from lightning_influence.evaluation.report_file import TOP, agreement, top_overlap
+from lightning_influence.evaluation.report_file import TOP, agreement, mean_pearson, top_overlap
 from lightning_influence.evaluation.step_curvature import LayerVectors, StepGaussNewton
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
@@ -33,7 +33,6 @@ QUERIES = 8
 QUESTION = "Does EK-FAC stand in for the Gauss-Newton matrix?"
 ITERATIONS, RTOL = 60, 1e-3  # of conjugate gradients
 PROBES, PROBED = 4, 256  # random vectors a layer, and examples, for the size of the matrix
-EXPECTED_ITERATIONS = 30  # with EK-FAC as the preconditioner, for the plan
 LEAST, MOST = 64, 4096  # training examples
 MOST_BYTES = 2**30  # of batches that are kept
 
@@ -62,8 +61,20 @@ class Subject:
 
     @property
     def num_queries(self) -> int:
-        """q."""
+        """Q."""
         return len(self.file_scores)
+
+    def damping_of(self, name: str) -> float:
+        """A layer's damping, in units of the eigenvalues.
+
+        Raises:
+            InfluenceError: if it is not one number.
+        """
+        rules = self.engine.dampings(get_curvature("ekfac"), as_damping(self.damping))
+        found = rules[name](self.engine.layers[name].Lambda)
+        if isinstance(found, Tensor) and found.numel() != 1:
+            raise InfluenceError(f"the damping of layer {name!r} is not one number, so there is no such matrix.")
+        return float(found)
 
     def gradients(self, batch: Any) -> dict[str, LayerGradient]:
         """Of a batch's training examples, now."""
@@ -148,20 +159,19 @@ def rows_check(subject: Subject, sample: Sample) -> Check:
     return Check("rows", question, answer, {"spearman": value, "top_overlap": overlap}, value)
 
 
-def gauss_newton_check(subject: Subject, sample: Sample, *, seconds: float, seed: int) -> Check:
+def gauss_newton_check(subject: Subject, reference: GaussNewtonReference) -> Check:
     """How scores agree with those of the Gauss-Newton matrix, solved for.
 
     At the same damping, and at the same relative one: each layer's damping times mean eigenvalue of the layer's
     block of the matrix / mean eigenvalue of the factors. Where training labels are fitted, their gradients, and so
     the factors, are small against the matrix, and the same damping does little to it.
     """
-    reference = GaussNewtonReference(subject, sample, seconds=seconds, seed=seed)
     if reference.affordable < LEAST:
         return Check(
             "gauss-newton",
             QUESTION,
-            left_out=f"a product with the matrix takes {reference.seconds_per_example:.2g} s an example, so that the "
-            f"time is enough for {reference.affordable} examples only; pass more `minutes=`, or fewer queries.",
+            left_out=f"a product with the matrix takes {reference.seconds_per_example:.2g} s an example, so that "
+            f"there is time for {reference.affordable} examples only; pass more `minutes=`, or fewer queries.",
         )
     used = reference.used
     stored = subject.file_scores[:, used.rows]
@@ -171,8 +181,10 @@ def gauss_newton_check(subject: Subject, sample: Sample, *, seconds: float, seed
     infos = solution.info, relative_solution.info
     figures: dict[str, Any] = {
         "spearman": agreement(stored, same),
+        "pearson": mean_pearson(stored, same),
         "top_overlap": top_overlap(stored, same),
         "spearman_at_relative_damping": agreement(stored, relative),
+        "pearson_at_relative_damping": mean_pearson(stored, relative),
         "top_overlap_at_relative_damping": top_overlap(stored, relative),
         "spearman_with_new_gradients": agreement(fresh, same),
         "size_against_factors": reference.ratio,
@@ -187,28 +199,30 @@ def gauss_newton_check(subject: Subject, sample: Sample, *, seconds: float, seed
     return Check("gauss-newton", QUESTION, _words(figures), figures, figures["spearman"])
 
 
-def _words(figures: Mapping[str, Any]) -> str:
+def _words(found: Mapping[str, Any]) -> str:
     answer = (
-        f"Scores from the file against conjugate gradients on the Gauss-Newton matrix of {figures['examples']:,} "
-        f"training examples, at the same damping; {figures['queries']} queries. Of each top {TOP} they share "
-        f"{figures['top_overlap']:.0%}. The matrix is {figures['size_against_factors']:.2g} times as large as the "
-        "file's factors; with the damping as much larger, Spearman "
-        f"{figures['spearman_at_relative_damping']:.3f}, shared {figures['top_overlap_at_relative_damping']:.0%}."
+        "Scores from the file against conjugate gradients on the Gauss-Newton matrix of "
+        f"{found['examples']:,} training examples, at the same damping; {found['queries']} queries. Pearson "
+        f"{found['pearson']:.3f}; of each top {TOP} they share {found['top_overlap']:.0%}. The matrix is "
+        f"{found['size_against_factors']:.2g} times as large as the file's factors; with the damping as much "
+        f"larger, Spearman {found['spearman_at_relative_damping']:.3f}, Pearson "
+        f"{found['pearson_at_relative_damping']:.3f}, shared {found['top_overlap_at_relative_damping']:.0%}."
     )
-    if "ceiling" in figures:
+    if "ceiling" in found:
         answer += (
-            f" Solved on either half of these examples, the reference agrees with itself at {figures['ceiling']:.3f}: "
-            "do not expect more."
+            " Solved on either half of these examples, the reference agrees with itself at "
+            f"{found['ceiling']:.3f}: do not expect more."
         )
-    if figures["largest_residual"] > 10 * RTOL:
+    if found["largest_residual"] > 10 * RTOL:
         answer += (
             f" Conjugate gradients did not converge in {ITERATIONS} iterations (relative residual "
-            f"{figures['largest_residual']:.2g}): with more damping they would."
+            f"{found['largest_residual']:.2g}): with more damping they would."
         )
-    if figures["spearman"] < FAIR:
+    if found["spearman"] < FAIR:
         answer += (
-            " Read scores as those of the labels' own (empirical) Fisher matrix, or capture with "
-            '`fisher="sampled"`; what is left is the Kronecker form, and that layers are taken one by one.'
+            " What differs: the file's factors are those of the training labels unless captured with another "
+            "`fisher`; they are Kronecker products; and layers are taken one by one. Read scores as EK-FAC's own, "
+            "not as those of this matrix."
         )
     return answer
 
@@ -231,10 +245,10 @@ class GaussNewtonReference:
 
     def __init__(self, subject: Subject, sample: Sample, *, seconds: float, seed: int) -> None:
         self.subject, self.space = subject, LayerVectors(subject.layers)
-        self.damping = {name: _number(value) for name, value in _dampings(subject).items()}
+        self.damping = {name: subject.damping_of(name) for name in subject.layers}
         self._queries = self.space.flat({name: each.dense() for name, each in subject.queries.items()})
         self.seconds_per_example = self._time(sample)
-        solves = 2 * (EXPECTED_ITERATIONS + 2)
+        solves = 2 * (ITERATIONS + 2)
         self.affordable = int(seconds / (solves * self.seconds_per_example))
         rows = int(subject.engine.valid.sum())
         self.is_whole = len(sample) == rows and self.affordable >= rows
@@ -247,24 +261,29 @@ class GaussNewtonReference:
 
     def solve(self, sample: Sample, *, is_relative: bool) -> tuple[Tensor, Solution]:
         """Scores of `used` [q, n] by the matrix of a sample, at the same damping or at the same relative one."""
-        layers, ratios = self.subject.engine.layers, {}
-        for name, layer in layers.items():
-            mean = float(layer.Lambda.mean())
-            ratios[name] = self._sizes[name] / mean if mean > 0 and self._sizes[name] > 0 else 1.0
+        ratios = self._ratios()
         damping = {name: value * (ratios[name] if is_relative else 1) for name, value in self.damping.items()}
-        blocks = [
-            KroneckerBlock(
-                self.space.positions[name], layer.basis, _inverse(layer.Lambda * ratios[name] + damping[name])
-            )
-            for name, layer in layers.items()
-        ]
         operator = StepGaussNewton(self.subject.model, self.space, sample.sizes, damping)
-        preconditioner = EKFACPreconditioner(self.space.size, blocks)
+        preconditioner = self.preconditioner(self.space, damping)
         solver = ConjugateGradient(rtol=RTOL, maxiter=ITERATIONS, preconditioner=preconditioner, block=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what did not converge: the residual is in the report
             solution = solver.solve(operator, self._queries)
         return _scores(self.subject, self.used, self.space.matrices(solution.value)), solution
+
+    def preconditioner(self, space: LayerVectors, damping: Mapping[str, float]) -> EKFACPreconditioner:
+        """EK-FAC with each layer's eigenvalues as large as the matrix's, and a damping; for vectors of `space`."""
+        ratios, blocks = self._ratios(), []
+        for name, layer in self.subject.engine.layers.items():
+            inverse = _inverse(layer.Lambda * ratios[name] + damping[name])
+            blocks.append(KroneckerBlock(space.positions[name], layer.basis, inverse))
+        return EKFACPreconditioner(space.size, blocks)
+
+    def _ratios(self) -> dict[str, float]:
+        """How many times as large as a layer's eigenvalues are those of the matrix, in the mean."""
+        means = {name: float(layer.Lambda.mean()) for name, layer in self.subject.engine.layers.items()}
+        sizes = self._sizes
+        return {name: sizes[name] / mean if min(mean, sizes[name]) > 0 else 1.0 for name, mean in means.items()}
 
     def _time(self, sample: Sample) -> float:
         """Seconds per example of a product with all queries, by a second product; the first one warms up."""
@@ -293,18 +312,6 @@ def _inverse(eigenvalues: Tensor) -> Tensor:
     """Positive, as a preconditioner's must be."""
     usual = float(eigenvalues[eigenvalues > 0].mean()) if bool((eigenvalues > 0).any()) else 1.0
     return 1 / eigenvalues.where(eigenvalues > 0, usual)
-
-
-def _dampings(subject: Subject) -> dict[str, Tensor | float]:
-    kind = get_curvature("ekfac")
-    rules = subject.engine.dampings(kind, as_damping(subject.damping))
-    return {name: rules[name](layer.Lambda) for name, layer in subject.engine.layers.items()}
-
-
-def _number(damping: Tensor | float) -> float:
-    if isinstance(damping, Tensor) and damping.numel() != 1:
-        raise InfluenceError("the damping is not one number a layer, so there is no such Gauss-Newton matrix.")
-    return float(damping)
 
 
 def _scores(subject: Subject, sample: Sample, directions: Mapping[str, Tensor]) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -22,8 +21,10 @@ from lightning_influence.evaluation.report_file import (
     staleness_check,
     storage_check,
 )
+from lightning_influence.evaluation.report_pbrf import Pairs, pbrf_check
 from lightning_influence.evaluation.report_reference import (
     QUERIES,
+    GaussNewtonReference,
     Sample,
     Subject,
     gauss_newton_check,
@@ -33,12 +34,11 @@ from lightning_influence.evaluation.report_reference import (
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.query import InfluenceQuery
-from lightning_influence.solvers.objective import Loss
 from lightning_influence.step import LossKind
 from lightning_influence.training.asking import example_gradients, kept_random_states, without_other_processes
 
-NEEDS_DATA = ("rows", "gauss-newton")
-HALVES_SHARE, GAUSS_NEWTON_SHARE = 0.1, 0.5  # of the time
+NEEDS_DATA = ("rows", "gauss-newton", "pbrf")
+HALVES_SHARE, GAUSS_NEWTON_SHARE = 0.1, 0.6  # of the time
 
 
 class Verification:
@@ -76,7 +76,7 @@ class Verification:
         self._checks: list[Check] = []
 
     def report(
-        self, *, loader: Iterable[Any] | None, query_batch: Any, move: Callable[[Any], Any], loss: Loss | None
+        self, *, loader: Iterable[Any] | None, query_batch: Any, move: Callable[[Any], Any], pairs: Pairs | None
     ) -> VerificationReport:
         """Ask everything.
 
@@ -84,7 +84,7 @@ class Verification:
             loader: of the training set; None leaves out what needs it.
             query_batch: as `training_step` takes it; None takes training examples.
             move: brings it to the model's device.
-            loss: of (outputs, targets), for a plain module.
+            pairs: the model as a function of inputs, and its loss; None leaves out what needs it.
         """
         engine, drawn = self.engine, Drawn.of(self.engine.store, None, self.seed)
         with kept_random_states(), without_other_processes():
@@ -97,7 +97,7 @@ class Verification:
             if loader is None:
                 self._leave_out("`train_loader` was not passed; pass a loader of the training set.")
             else:
-                self._ask_with_data(loader, query_batch, move, loss)
+                self._ask_with_data(loader, query_batch, move, pairs)
         facts = engine.store.attributes
         return VerificationReport(
             file=str(engine.store.path),
@@ -110,10 +110,10 @@ class Verification:
         )
 
     def _ask_with_data(
-        self, loader: Iterable[Any], query_batch: Any, move: Callable[[Any], Any], loss: Loss | None
+        self, loader: Iterable[Any], query_batch: Any, move: Callable[[Any], Any], pairs: Pairs | None
     ) -> None:
         try:
-            model = _with_step(self.model, loss)
+            model = _with_step(self.model, pairs)
             sample = load_sample(self.engine, model, loader, self.seed)
             if query_batch is None:
                 sample, query_batch = _parted(sample)
@@ -124,8 +124,22 @@ class Verification:
             self._leave_out(_reason(error))
             return
         self._ask("rows", rows_check, subject, sample)
-        seconds = min(GAUSS_NEWTON_SHARE * 60 * self.minutes, self._seconds_left)
-        self._ask("gauss-newton", gauss_newton_check, subject, sample, seconds=seconds, seed=self.seed)
+        try:
+            seconds = min(GAUSS_NEWTON_SHARE * 60 * self.minutes, self._seconds_left)
+            reference = GaussNewtonReference(subject, sample, seconds=seconds, seed=self.seed)
+        except Exception as error:
+            self._leave_out(_reason(error), *NEEDS_DATA[1:])
+            return
+        self._ask("gauss-newton", gauss_newton_check, subject, reference)
+        if pairs is None:
+            self._leave_out(
+                "pass `loss=`, of (outputs, targets) and one number an example, and `net=` if it is not the model "
+                "that is called with the inputs.",
+                "pbrf",
+            )
+            return
+        seconds = self._seconds_left
+        self._ask("pbrf", pbrf_check, subject, pairs, query_batch, sample, reference, seconds=seconds)
 
     def _subject(self, model: nn.Module, query_batch: Any) -> Subject:
         asked = example_gradients(model, self.layers, query_batch, loss=self.loss_kind).gradients
@@ -143,26 +157,24 @@ class Verification:
         except Exception as error:  # one question less; the user's code runs in some of them
             self._checks.append(Check(name, check.__doc__ or "", left_out=_reason(error)))
 
-    def _leave_out(self, why: str) -> None:
-        self._checks += [Check(name, "", left_out=why) for name in NEEDS_DATA]
+    def _leave_out(self, why: str, *names: str) -> None:
+        self._checks += [Check(name, "", left_out=why) for name in names or NEEDS_DATA]
 
 
 class _PairsStep(LightningModule):
     """A plain module with a `training_step`, for batches that are pairs (inputs, targets)."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, pairs: Pairs) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.net, self._loss = pairs.net, pairs.loss
 
     def training_step(self, batch: Any) -> Tensor:
         inputs, targets = batch
-        return self.loss(self.model(inputs), targets).sum()
+        return self._loss(self.net(inputs), targets).sum()
 
 
-def _with_step(model: nn.Module, loss: Loss | None) -> nn.Module:
-    if loss is None or isinstance(model, LightningModule):
-        return model
-    return _PairsStep(model, loss)
+def _with_step(model: nn.Module, pairs: Pairs | None) -> nn.Module:
+    return model if pairs is None or isinstance(model, LightningModule) else _PairsStep(pairs)
 
 
 def _parted(sample: Sample) -> tuple[Sample, Any]:

@@ -11,7 +11,7 @@ trick for calculating Jacobian vector products"): g(u) = Jᵀ u is linear in u, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +35,15 @@ class LayerVectors:
 
     Args:
         layers: by name.
+        parameters: the layers', in the order of the vector; None takes the layers'.
     """
 
-    def __init__(self, layers: Mapping[str, TrackedLayer]) -> None:
+    def __init__(
+        self, layers: Mapping[str, TrackedLayer], parameters: Iterable[nn.Parameter] | None = None
+    ) -> None:
         self.layers = layers
-        self.parameters = [*{id(p): p for layer in layers.values() for p in layer.parameters.values()}.values()]
+        own = (p for layer in layers.values() for p in layer.parameters.values())
+        self.parameters = [*{id(p): p for p in (own if parameters is None else parameters)}.values()]
         self.size = sum(p.numel() for p in self.parameters)
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
@@ -149,8 +153,9 @@ class StepGaussNewton(CurvatureOperator):
                 for curved in curved_losses(total, capture.tap.calls, n):
                     found.add_(_product(curved, self.vectors, vectors))
 
-        with _plain_attention(), back_propagated(
-            self.model, capture, batch, training_objective, before_backward=add
+        with (
+            _plain_attention(),
+            back_propagated(self.model, capture, batch, training_objective, before_backward=add),
         ):
             capture.clear()
         return found

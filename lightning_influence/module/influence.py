@@ -20,6 +20,7 @@ from lightning_influence.damping_advice import DampingAdvice
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.evaluation.handed_in import scores_of_gradients
 from lightning_influence.evaluation.report import VerificationReport
+from lightning_influence.evaluation.report_pbrf import Pairs
 from lightning_influence.evaluation.report_run import Verification
 from lightning_influence.fisher import describe_fisher
 from lightning_influence.layers import Coverage
@@ -271,12 +272,15 @@ class InfluenceModule(HostedModel):
         Args:
             batch: q queries.
             examples: m examples, as `training_step` takes a batch.
-            damping: as in `scores`, like all others; the curvature that is made of rows is refused.
+            damping: as in `scores`.
+            curvature: as in `scores`; that which is made of the rows is refused.
+            measurement: of the queries, as in `scores`.
 
         Returns:
             Shape [q, m], on the CPU.
         """
-        queries, new = (self._gradients(self._transferred(b), m) for b, m in ((batch, measurement), (examples, None)))
+        queries = self._gradients(self._transferred(batch), measurement)
+        new = self._gradients(self._transferred(examples), None)
         return scores_of_gradients(self._engine(), queries, new, damping=damping, curvature=curvature)
 
     def verify(
@@ -286,22 +290,25 @@ class InfluenceModule(HostedModel):
         *,
         damping: AnyDamping = DEFAULT_DAMPING,
         loss: Loss | None = None,
+        net: nn.Module | None = None,
         minutes: float = 5.0,
         seed: int = 0,
     ) -> VerificationReport:
         """How far scores can be trusted, on this model and file; `print` the report, or take its `to_json()`.
 
         From the file: how much of the model is covered, how rows aged, what storing loses, whether the damping
-        matters, how much of the order is chance. With data also: whether rows still say what gradients say, and
-        agreement with conjugate gradients on the Gauss-Newton matrix. What cannot be asked is left out, and why
-        is said.
+        matters, how much of the order is chance. With data also: whether rows still say what gradients say,
+        agreement with conjugate gradients on the Gauss-Newton matrix, and with the proximal Bregman response.
+        What cannot be asked is left out, and why is said.
 
         Args:
             train_loader: of the training set, shuffled or not; batches as `training_step` takes them.
             query_batch: queries, of which the first 8 are asked; None takes training examples.
             damping: that you ask with.
-            loss: `loss(outputs, targets) -> [n]` of torch's own functions, for a plain module and pairs
-                (inputs, targets); a `LightningModule` has its `training_step`.
+            loss: `loss(outputs, targets) -> [n]`, each example's own, of torch's loss functions, where batches are
+                pairs (inputs, targets). All but the last question work without, if the model has a
+                `training_step`.
+            net: called with the inputs for the outputs; None for the model itself.
             minutes: that it may take, roughly: examples are left out to keep it.
             seed: of what is drawn.
         """
@@ -314,7 +321,8 @@ class InfluenceModule(HostedModel):
             minutes=minutes,
             seed=seed,
         )
-        return made.report(loader=train_loader, query_batch=query_batch, move=self._transferred, loss=loss)
+        pairs = None if loss is None else Pairs(net or self.model, loss)
+        return made.report(loader=train_loader, query_batch=query_batch, move=self._transferred, pairs=pairs)
 
     @property
     def coverage(self) -> Coverage:

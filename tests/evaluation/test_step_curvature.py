@@ -1,4 +1,4 @@
-"""`StepGaussNewton`: the Gauss-Newton matrix of what `training_step` minimizes, against the one of (inputs, targets)."""
+"""`StepGaussNewton`: the Gauss-Newton matrix of a `training_step`, against that of inputs, targets and a loss."""
 
 from collections.abc import Callable
 
@@ -82,9 +82,7 @@ CASES = {
     "two losses": (
         Mlp,
         lambda f, y: F.cross_entropy(f, y) + 0.5 * F.cross_entropy(2 * f, y),
-        lambda f, y: (
-            F.cross_entropy(f, y, reduction="none") + 0.5 * F.cross_entropy(2 * f, y, reduction="none")
-        ),
+        lambda f, y: F.cross_entropy(f, y, reduction="none") + 0.5 * F.cross_entropy(2 * f, y, reduction="none"),
         examples(),
     ),
     "a transformer with padding": (SmallTransformer, token_loss, each_token_loss, tokens()),

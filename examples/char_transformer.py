@@ -5,7 +5,7 @@ callback stores the gradient of every passage, through embeddings, attention and
 model completes a line, and we ask as Grosse et al. 2023 (arXiv:2308.03296) did of large models: which
 training passages raised the likelihood of this completion? In which layers, and for which characters?
 Then we take the passages away and train again, to see whether the answers are true. In the end, on a narrower
-model with less text, scores are compared with what they approximate: conjugate gradients on the Gauss-Newton matrix.
+model with less text, scores are compared with their reference: conjugate gradients on the Gauss-Newton matrix.
 
 Prints text, and writes `char_transformer.png`. Takes three to four minutes on 2 cores. Needs
 `pip install lightning-influence[examples]`.

@@ -22,10 +22,10 @@ Prints a table, and writes `dataset_edit.png`. Takes about two minutes on 2 core
 #
 # Removal and duplication are thus opposites in every prediction. In truth they are not: what one image less does
 # is more than what one more does, since the first copy teaches most. That is second order. A new label is not in
-# the file, as no row was captured with it; `scores_of` makes its gradient, at the final weights. There the model is
-# sure of the old label, so the gradient is large, and stays so only until the model gives in: trained with the new
-# labels it would fit them, and the gradient would shrink. First order knows nothing of that, so that predicted
-# sizes must be too large, while the order can still be right.
+# the file, as no row was captured with it; `scores_of` makes its gradient, at the final weights. There the model
+# is sure of the old label, so the gradient is large, and stays so only until the model gives in: trained with the
+# new labels it would fit them, and the gradient would shrink. First order knows nothing of that, so that
+# predicted sizes must be too large, while the order can still be right.
 #
 # Besides the file of the final epoch two others are asked: one that is merged over all epochs (`epochs="every"`),
 # and one whose curvature is made of the labels that the model itself predicts, not of the training set's. None has

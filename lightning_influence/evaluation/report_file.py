@@ -164,7 +164,7 @@ def halves_check(engine: InfluenceQuery, drawn: Drawn, damping: AnyDamping, *, s
 
 
 def inverses(engine: InfluenceQuery, damping: AnyDamping, ratios: Mapping[str, Tensor] | None = None) -> Inverses:
-    """EK-FAC's damped inverse eigenvalues, by layer [o, i]; of Lambda times `ratios`, if any, at Lambda's damping."""
+    """EK-FAC's damped inverse eigenvalues, by layer [o, i]; of Lambda times `ratios`, but at Lambda's damping."""
     kind = get_curvature("ekfac")
     rules = engine.dampings(kind, as_damping(damping))
     found = {}

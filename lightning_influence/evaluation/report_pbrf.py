@@ -20,7 +20,7 @@ from lightning_influence.evaluation.report import FAIR, Check
 from lightning_influence.evaluation.report_file import agreement, mean_pearson
 from lightning_influence.evaluation.report_reference import GaussNewtonReference, Sample, Subject
 from lightning_influence.evaluation.step_curvature import LayerVectors
-from lightning_influence.solvers.objective import Loss
+from lightning_influence.solvers.objective import Loss, Objective
 from lightning_influence.training.asking import example_gradients
 
 EXAMPLES = 12  # half of them the ends of the queries' lists, half random
@@ -184,9 +184,9 @@ def _frozen(subject: Subject, pairs: Pairs) -> Iterator[Mapping[str, float]]:
 
 def _check_loss(subject: Subject, pairs: Pairs, batch: Any) -> None:
     """Refuse a loss that is not what the step minimizes."""
-    inputs, targets = batch
+    objective = Objective(pairs.net, pairs.loss)
     with torch.no_grad():
-        own = pairs.loss(pairs.net.eval()(inputs), targets)
+        own = objective.losses(objective.parameters, objective.batches([batch], "query_batch")[0])
     step = example_gradients(subject.model, subject.layers, batch, loss=subject.loss).scale.losses
     known = step.isfinite()
     if own.shape != step.shape or not torch.allclose(own[known].to(step), step[known], rtol=1e-3, atol=1e-5):

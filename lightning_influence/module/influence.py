@@ -7,7 +7,7 @@ import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from lightning_influence.module.hosted import HostedModel
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, described_layers
 from lightning_influence.segments import Segments
 from lightning_influence.solvers.objective import Loss
+from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement
 
@@ -316,7 +317,7 @@ class InfluenceModule(HostedModel):
             self._engine(),
             self.model,
             self._tracked,
-            loss_kind=self.store.attributes.get("loss", "auto"),
+            loss_kind=cast(LossKind, self.store.attributes.get("loss", "auto")),
             damping=damping,
             minutes=minutes,
             seed=seed,

@@ -329,13 +329,14 @@ for name, values in rankings.items():
 # EK-FAC takes the curvature layer by layer, each as Kronecker factors. What that costs is seen against the
 # Gauss-Newton matrix of the loss over all parameters at once, (G + damping)⁻¹ times the query's gradient, solved
 # for by conjugate gradients with the training data at hand. It is exact, and slow: hence half of the width, and
-# two files of text. Queries are whole windows of code that was not read. Also for the perceptrons alone, as Grosse
-# et al. have them: both sides then hold all other parameters fixed. The file's factors are made of the training
-# labels; a second file's, of 4 labels for each character that the model drew itself, which is G's own kind.
+# the first 10,240 characters of one file. Queries are windows of code that was not read. Also for the perceptrons
+# alone, as Grosse et al. have them: both sides then hold all other parameters fixed. The file's factors are made
+# of the training labels; a second file's, of 4 labels for each character that the model drew itself, which is
+# G's own kind.
 
-REFERENCE_WIDTH, REFERENCE_EPOCHS, REFERENCE_FILES, QUERIES = 32, 20, ("csv.py", "json/decoder.py"), 4
+REFERENCE_WIDTH, REFERENCE_EPOCHS, REFERENCE_FILE, REFERENCE_WINDOWS, QUERIES = 32, 30, "csv.py", 160, 3
 start = time.perf_counter()
-short = windows("".join(read_library(REFERENCE_FILES).values()))
+short = windows(sources[REFERENCE_FILE][: REFERENCE_WINDOWS * WINDOW + 1])
 narrow_path, drawn_path = (Path(workdir.name, name) for name in ("narrow.h5", "drawn.h5"))
 callback = InfluenceCallback(narrow_path, bytes_per_example=32_768)
 narrow = fit(short, callback, width=REFERENCE_WIDTH, epochs=REFERENCE_EPOCHS).lightning_module.eval()
@@ -359,7 +360,7 @@ def reference(damping: float, *, only_mlp: bool) -> Tensor:
     """Scores [q, N] by their definition."""
     for name, parameter in narrow.named_parameters():
         parameter.requires_grad_(not only_mlp or ".mlp." in name)
-    solver = ConjugateGradient(rtol=1e-2, maxiter=60, block=True)
+    solver = ConjugateGradient(rtol=2e-2, maxiter=80, block=True)
     if not only_mlp:  # sooner, but no other solution
         solver = replace(
             solver, preconditioner=EKFACPreconditioner.from_store(narrow, drawn_path, damping=damping)
@@ -373,7 +374,7 @@ def reference(damping: float, *, only_mlp: bool) -> Tensor:
 print(
     f"\n{len(short)} windows, {sum(p.numel() for p in narrow.parameters()):,} parameters, {QUERIES} queries: "
     "agreement with conjugate gradients\non the Gauss-Newton matrix, mean over queries; the damping is the mean "
-    f"eigenvalue, {mean_eigenvalue:.2g}\nlayers        labels      Spearman   Pearson   top {TOP} in common"
+    f"eigenvalue, {mean_eigenvalue:.2g}\nlayers        labels      Spearman   Pearson   top {TOP // 2} in common"
 )
 for layers, only_mlp in (("all", False), ("perceptrons", True)):
     truth = reference(mean_eigenvalue, only_mlp=only_mlp)
@@ -381,8 +382,8 @@ for layers, only_mlp in (("all", False), ("perceptrons", True)):
         by_layer = each.scores(asked, damping=mean_eigenvalue, per_layer=True)
         own = torch.stack([by_layer[layer] for layer in by_layer if not only_mlp or ".mlp." in layer]).sum(0)
         pairs = list(zip(own, truth, strict=True))
-        tops = zip(own.topk(TOP).indices.tolist(), truth.topk(TOP).indices.tolist(), strict=True)
-        shared = np.mean([len({*a} & {*b}) / TOP for a, b in tops])
+        tops = zip(*(values.topk(TOP // 2).indices.tolist() for values in (own, truth)), strict=True)
+        shared = np.mean([len({*a} & {*b}) / (TOP // 2) for a, b in tops])
         rho, r = (np.mean([measure(a, b)[0] for a, b in pairs]) for measure in (spearmanr, pearsonr))
         print(f"{layers:13} {name:9} {rho:10.3f} {r:9.3f} {shared:10.0%}")
 print(f"This part took {time.perf_counter() - start:.0f} s.")
@@ -423,4 +424,6 @@ often than those by plain dot products. Where no passage contains the completion
 different passages speak for different characters. Trained again without the top passages, the model likes
 its completions less, and by more than without random ones. The predicted changes have the right sign and order
 of magnitude, but single ones are several times off: it is a first-order prediction for many passages at once,
-and one training run.""")
+and one training run. Against the Gauss-Newton matrix scores are right in part: better for the perceptrons alone,
+where fewer kinds of layers lean on one another, and hardly better with labels that the model drew. So what is lost
+is lost by the blocks and their Kronecker form, not by the labels.""")

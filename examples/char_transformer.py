@@ -424,6 +424,6 @@ often than those by plain dot products. Where no passage contains the completion
 different passages speak for different characters. Trained again without the top passages, the model likes
 its completions less, and by more than without random ones. The predicted changes have the right sign and order
 of magnitude, but single ones are several times off: it is a first-order prediction for many passages at once,
-and one training run. Against the Gauss-Newton matrix scores are right in part: better for the perceptrons alone,
-where fewer kinds of layers lean on one another, and hardly better with labels that the model drew. So what is lost
-is lost by the blocks and their Kronecker form, not by the labels.""")
+and one training run. With the reference, scores agree in part: better for the perceptrons alone, and hardly better
+with labels that the model drew. So it is not the labels that make the difference, but what is left: that layers
+are taken one by one, and as Kronecker products.""")

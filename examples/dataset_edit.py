@@ -129,6 +129,23 @@ hardest = cross_entropy(logits, test_y, reduction="none").topk(QUERIES).indices 
 queries = test_x[hardest], test_y[hardest]
 
 # %%
+# How far can the file be trusted?
+# --------------------------------
+# Before any retraining, the file is asked itself, and compared with what scores approximate.
+
+
+def each_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs, targets, reduction="none")
+
+
+advised = {name: influence.recommend_damping().damping for name, influence in influences.items()}
+damping = advised["final epoch"]
+print()
+print(
+    influences["final epoch"].verify(loader, queries, damping=damping, net=model.net, loss=each_loss, minutes=1.5)
+)
+
+# %%
 # The hypotheses
 # --------------
 # Half of the groups are of one way to write a digit (clusters of pixels within a class), half are random images.
@@ -166,7 +183,6 @@ def predict(influence: InfluenceModule, damping: AnyDamping) -> dict[str, Tensor
 
 
 start = time.perf_counter()
-advised = {name: influence.recommend_damping().damping for name, influence in influences.items()}
 predicted = {(name, "advised"): predict(influence, advised[name]) for name, influence in influences.items()}
 predicted["final epoch", "10 x mean"] = predict(influences["final epoch"], HeuristicDamping(10.0))
 print(

@@ -141,9 +141,7 @@ def each_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 advised = {name: influence.recommend_damping().damping for name, influence in influences.items()}
 damping = advised["final epoch"]
 print()
-print(
-    influences["final epoch"].verify(loader, queries, damping=damping, net=model.net, loss=each_loss, minutes=1.5)
-)
+print(influences["final epoch"].verify(loader, queries, damping=damping, net=model.net, loss=each_loss, minutes=2))
 
 # %%
 # The hypotheses

@@ -248,8 +248,8 @@ class GaussNewtonReference:
         self.damping = {name: subject.damping_of(name) for name in subject.layers}
         self._queries = self.space.flat({name: each.dense() for name, each in subject.queries.items()})
         self.seconds_per_example = self._time(sample)
-        solves = 2 * (ITERATIONS + 2)
-        self.affordable = int(seconds / (solves * self.seconds_per_example))
+        products = 2 * (ITERATIONS + 2) + PROBES * len(subject.layers) / subject.num_queries
+        self.affordable = int(seconds / (products * self.seconds_per_example))
         rows = int(subject.engine.valid.sum())
         self.is_whole = len(sample) == rows and self.affordable >= rows
         self.used = sample if self.is_whole else sample.first(self.affordable * 2 // 3)

@@ -38,7 +38,7 @@ from lightning_influence.step import LossKind
 from lightning_influence.training.asking import example_gradients, kept_random_states, without_other_processes
 
 NEEDS_DATA = ("rows", "gauss-newton", "pbrf")
-HALVES_SHARE, GAUSS_NEWTON_SHARE = 0.1, 0.6  # of the time
+HALVES_SHARE, GAUSS_NEWTON_SHARE, LEAST_PBRF_SHARE = 0.1, 0.5, 0.2  # of the time
 
 
 class Verification:
@@ -138,7 +138,7 @@ class Verification:
                 "pbrf",
             )
             return
-        seconds = self._seconds_left
+        seconds = max(self._seconds_left, LEAST_PBRF_SHARE * 60 * self.minutes)  # plans may be off
         self._ask("pbrf", pbrf_check, subject, pairs, query_batch, sample, reference, seconds=seconds)
 
     def _subject(self, model: nn.Module, query_batch: Any) -> Subject:

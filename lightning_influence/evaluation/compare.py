@@ -58,7 +58,8 @@ class Comparison:
     def __str__(self) -> str:
         method = max(len("scores"), *(len(row.method) for row in self.rows))
         reference = max(len("reference"), *(len(row.reference) for row in self.rows))
-        head = f"{'scores':{method}s}  {'reference':{reference}s}  Pearson      Spearman     pooled  slope    queries  pairs"
+        names = f"{'scores':{method}s}  {'reference':{reference}s}"
+        head = f"{names}  Pearson      Spearman     pooled     slope  queries  pairs"
         return "\n".join([head, *(_line(row, method, reference) for row in self.rows)])
 
     def __getitem__(self, names: tuple[str, str]) -> Agreement:
@@ -72,7 +73,7 @@ def compare(scores: Tensor | Mapping[str, Tensor], references: Mapping[str, Tens
     Args:
         scores: of m examples for q queries, shape [q, m]; several kinds by name. NaN for what has no score.
         references: by name, shape [q, m], in the same sign: such as `scores` of `pbrf` (what influence functions
-            approximate), and of `leave_one_out` from the trained weights (warm start) and from initial ones (cold).
+            approximate), and of `leave_one_out` from the trained weights (warm start) or from initial ones.
 
     Returns:
         The table, and the arrays.
@@ -83,8 +84,8 @@ def compare(scores: Tensor | Mapping[str, Tensor], references: Mapping[str, Tens
     Example:
         >>> truth = torch.tensor([[1.0, 2.0, 4.0], [1.0, 0.0, -2.0]])
         >>> print(compare(2 * truth, {"truth": truth}))
-        scores  reference  Pearson      Spearman     pooled  slope    queries  pairs
-        scores  truth      1.000 ±.000  1.000 ±.000   1.000  5.00e-01       2      6
+        scores  reference  Pearson      Spearman     pooled     slope  queries  pairs
+        scores  truth      1.000 ±.000  1.000 ±.000   1.000   5.0e-01        2      6
     """
     methods = dict(scores) if isinstance(scores, Mapping) else {"scores": scores}
     if not methods or not references:
@@ -154,10 +155,10 @@ def _mean(values: list[float]) -> tuple[float, float]:
 def _line(row: Agreement, method: int, reference: int) -> str:
     def with_error(value: float, error: float) -> str:
         shown = "" if math.isnan(error) else f"±{error:.3f}".replace("0.", ".")
-        return f"{value:.3f} {shown:6s}".ljust(11)
+        return f"{value:.3f} {shown:5s}"
 
     return (
         f"{row.method:{method}s}  {row.reference:{reference}s}  {with_error(row.pearson, row.pearson_error)}  "
-        f"{with_error(row.spearman, row.spearman_error)}  {row.pooled:6.3f}  {row.slope:8.2e}  {row.queries:6d}  "
+        f"{with_error(row.spearman, row.spearman_error)}  {row.pooled:6.3f}  {row.slope:8.1e}  {row.queries:7d}  "
         f"{row.pairs:5d}"
     )

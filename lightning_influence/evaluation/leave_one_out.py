@@ -12,6 +12,8 @@ from lightning_influence.evaluation.responses import CHUNK_ROWS, Responses
 from lightning_influence.solvers import Objective, SolveInfo
 from lightning_influence.solvers.objective import Batch, Loss
 
+CONVERGED = 1e-3  # of the first gradient
+
 
 def leave_one_out(
     model: nn.Module,
@@ -26,10 +28,10 @@ def leave_one_out(
 ) -> Responses:
     """Train on from the model's weights without each of some examples, and with all of them.
 
-    Every run takes the same steps of Adam on the mean loss over all N examples, plus weight_decay / 2 times the squared
-    weights, the learning rate falling to 0 by half a cosine; there is no randomness, so runs differ by the example
-    alone. Give a trained model for a warm start, and one with initial weights for leave-one-out proper. All run side
-    by side, as `torch.func.vmap` of the model in eval mode.
+    Every run takes the same steps of Adam on the mean loss over all N examples, plus weight_decay / 2 times the
+    squared weights, the learning rate falling to 0 by half a cosine; there is no randomness, so runs differ by the
+    example alone. Give a trained model for a warm start, one with initial weights for leave-one-out proper. All runs
+    go side by side, by `torch.func.vmap`, with the model in eval mode.
 
     Args:
         model: whose weights are the start; left as it is.
@@ -43,7 +45,7 @@ def leave_one_out(
 
     Returns:
         The weights after each run; the baseline is the run with all examples. `info.residual` is the size of the
-        gradient that is left over the first one, and nothing is said to have converged above 1e-3.
+        gradient that is left over the first one, and a run counts as converged up to 1e-3.
 
     Raises:
         ValueError: if an index is not of the dataset.
@@ -69,24 +71,24 @@ def _train(
     objective: Objective,
     batches: list[Batch],
     weights: Tensor,
-    weight_decay: float,
+    decay: float,
     steps: int,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Parameters [m, p] of runs with the examples' weights [m, N], and their gradients' size over the first's [m]."""
+    """Parameters [m, p] of runs with weights of examples [m, N], and their gradients' size over the first's [m]."""
     theta = objective.parameters.repeat(len(weights), 1).requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     parts = weights.split([batch.size for batch in batches], dim=1)
     first: Tensor | None = None
     for _ in range(steps):
-        gradient = _gradient(objective, batches, parts, theta.detach()) + weight_decay * theta.detach()
+        gradient = _gradient(objective, batches, parts, theta.detach()) + decay * theta.detach()
         first = gradient.norm(dim=1) if first is None else first
         theta.grad = gradient
         optimizer.step()
         schedule.step()
     found = theta.detach()
-    left = (_gradient(objective, batches, parts, found) + weight_decay * found).norm(dim=1)
+    left = (_gradient(objective, batches, parts, found) + decay * found).norm(dim=1)
     start = left if first is None else first
     return found, left / start.where(start > 0, 1)
 

@@ -7,8 +7,8 @@ arXiv:2006.14651). They are, to first order in epsilon, the response that minimi
     D_n(theta) = l_n(y_n) - l_n(y_n at trained) - <grad l_n(y_n at trained), y_n - y_n at trained>
 
 from the trained weights (Bae et al. 2022, "If influence functions are the answer, then what is the question?",
-arXiv:2209.05364, proposed the objective). D_n is the Bregman divergence of the loss in the outputs y_n: it asks for
-the trained network's outputs and not for the labels, so the trained weights are the minimum of the mean even where
+arXiv:2209.05364, proposed it). D_n is the Bregman divergence of the loss in the outputs y_n: it asks for the
+trained network's outputs and not for the labels, so the trained weights are the minimum of the mean even where
 training did not converge. Its Hessian there is the Gauss-Newton matrix G, hence
 theta - trained = -epsilon (G + damping)⁻¹ grad L_m + O(epsilon²).
 

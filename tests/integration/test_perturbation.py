@@ -73,7 +73,7 @@ class ConvClassifier(Classifier):
 
 
 def test_perturbation_is_the_slope_of_the_scores_of_a_moved_example(tmp_path: Path) -> None:
-    """Every kind of layer in the net is part of it: a file made of moved examples, with the factors kept, agrees."""
+    """Every kind of layer in the net is part of it."""
     torch.manual_seed(0)
     model, data = ConvClassifier().double(), examples(8, 5, 3)
     data = (data[0].double(), data[1])

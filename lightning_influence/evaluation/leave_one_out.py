@@ -30,8 +30,8 @@ def leave_one_out(
 
     Every run takes the same steps of Adam on the mean loss over all N examples, plus weight_decay / 2 times the
     squared weights, the learning rate falling to 0 by half a cosine; there is no randomness, so runs differ by the
-    example alone. Give a trained model for a warm start, one with initial weights for leave-one-out proper. All runs
-    go side by side, by `torch.func.vmap`, with the model in eval mode.
+    example alone. Give a trained model for a warm start, one with initial weights for leave-one-out proper. All
+    runs go side by side, by `torch.func.vmap`, with the model in eval mode.
 
     Args:
         model: whose weights are the start; left as it is.
@@ -75,7 +75,7 @@ def _train(
     steps: int,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Parameters [m, p] of runs with weights of examples [m, N], and their gradients' size over the first's [m]."""
+    """Parameters [m, p] of runs with examples' weights [m, N], and their gradients' size over the first's [m]."""
     theta = objective.parameters.repeat(len(weights), 1).requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -1,9 +1,9 @@
 """What question do influence scores answer? Leave-one-out retraining, and the proximal Bregman response.
 
-Remove an example, train again: that is what an influence score is taken to predict. For a linear model it does. For a
-network it predicts it badly (Basu et al. 2021, arXiv:2006.14651), and Bae et al. 2022 (arXiv:2209.05364) say what it
-predicts instead: the proximal Bregman response (PBRF), the change of weights that removes the example while it keeps
-the trained network's other outputs and stays near the trained weights. Here both models are put side by side:
+Remove an example, train again: that is what an influence score is taken to predict. For a linear model it does.
+For a network it does badly (Basu et al. 2021, arXiv:2006.14651), and Bae et al. 2022 (arXiv:2209.05364) say what
+it predicts instead: the proximal Bregman response (PBRF), the change of weights that removes the example while it
+keeps the network's other outputs and stays near the trained weights. Here both models are put side by side:
 
 - linear regression with weight decay on the diabetes data of Efron et al. (2004): 342 patients, 100 to ask about;
 - a network, 64-32-10, on scikit-learn's digits: 600 images, a tenth of them with random labels, 40 to ask about.
@@ -40,7 +40,6 @@ parser.add_argument("--output", type=Path, default=Path("loo_vs_pbrf.png"), help
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--removed", type=int, default=40, help="how many training examples are removed, each alone")
 parser.add_argument("--steps", type=int, default=300, help="of each training of the network")
-parser.add_argument("--damping", type=float, default=0.1)
 args = parser.parse_args()
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -52,7 +51,7 @@ generator = torch.Generator().manual_seed(args.seed)
 # %%
 # Linear regression
 # -----------------
-# Loss ½ (y - x·b)², weight decay 0.01. Scores are by the exact Hessian. Its weight decay is the damping of PBRF, and
+# Loss ½ (y - x·b)², weight decay 0.01, which is the damping of PBRF. Scores are by the exact Hessian, and
 # leave-one-out is trained to the end.
 def half_square(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs[:, 0] - targets).square() / 2
@@ -70,9 +69,8 @@ removed = torch.randperm(342, generator=generator)[: args.removed]
 linear = nn.Linear(10, 1, bias=False).double()
 linear.weight.data.zero_()
 hessian = x[:342].T @ x[:342] / 342 + DECAY * torch.eye(10, dtype=torch.float64)
-without = leave_one_out(
-    linear, train, removed, loss=half_square, weight_decay=DECAY, steps=1000, learning_rate=0.05
-)
+to_the_end = {"loss": half_square, "weight_decay": DECAY, "steps": 1000, "learning_rate": 0.05}
+without = leave_one_out(linear, train, removed, **to_the_end)
 linear.weight.data[:] = torch.linalg.solve(hessian, x[:342].T @ y[:342] / 342)
 response = pbrf(linear, train, (x[removed], y[removed]), loss=half_square, damping=DECAY)
 scores = compute_influences(
@@ -87,9 +85,9 @@ print(f"Linear regression on diabetes, {len(removed)} of 342 removed, seed {args
 # %%
 # A network
 # ---------
-# Trained by full-batch Adam with weight decay, so that leave-one-out from the same initial weights ("cold") differs by
-# the example alone and by no noise. "Warm" trains on from the trained weights. Scores: full EK-FAC at the final
-# weights, from a file of uncompressed rows, with exact labels.
+# Trained by full-batch Adam with weight decay, so that leave-one-out from the same initial weights ("cold")
+# differs by the example alone and by no noise. "Warm" trains on from the trained weights. Scores: full EK-FAC at the
+# final weights, from a file of uncompressed rows, with exact labels.
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets, reduction="none")
 
@@ -107,6 +105,7 @@ class Net(pl.LightningModule):
 
 
 TRAIN, QUERIES, NET_DECAY = 600, 40, 1e-3
+DAMPING, DAMPINGS = 0.1, (0.01, 0.1, 0.3, 1.0)
 images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
 order = torch.randperm(len(images), generator=generator)
 images, labels = images[order].float() / 16, labels[order].clone()
@@ -120,63 +119,72 @@ net = Net()
 recipe = {"loss": losses, "weight_decay": NET_DECAY, "steps": args.steps, "learning_rate": 1e-2}
 cold = leave_one_out(net, data, removed, **recipe)
 torch.nn.utils.vector_to_parameters(cold.baseline, net.parameters())
-error = float((net(images[TRAIN:]).argmax(1) != labels[TRAIN:]).float().mean())
-print(
-    f"Network on digits: training loss {float(losses(net(data[0][0]), data[0][1]).mean()):.3f}, test error {error:.1%}"
-)
+with torch.no_grad():
+    error = float((net(images[TRAIN:]).argmax(1) != labels[TRAIN:]).float().mean())
+    loss = float(losses(net(data[0][0]), data[0][1]).mean())
+print(f"Network on digits: training loss {loss:.3f}, test error {error:.1%}")
 warm = leave_one_out(net, data, removed, **{**recipe, "learning_rate": 1e-3})
-response = pbrf(net, data, chosen, loss=losses, damping=args.damping)
+
+
+def of_network(damping: float) -> Tensor:
+    """Scores of PBRF."""
+    return pbrf(net, data, chosen, loss=losses, damping=damping).scores([asked])
+
 
 with tempfile.TemporaryDirectory() as folder:
     loader = DataLoader(TensorDataset(*data[0]), batch_size=100)
-    files = {
-        f"EK-FAC, {fisher} labels": capture(
-            net, loader, f"{folder}/{fisher}.h5", codec="pairs-float32", fisher=fisher
+    modules = {
+        fisher: InfluenceModule.attach(
+            net, capture(net, loader, f"{folder}/{fisher}.h5", codec="pairs-float32", fisher=fisher)
         )
         for fisher in ("exact", "empirical")
     }
-    modules = {name: InfluenceModule.attach(net, path) for name, path in files.items()}
-    by_file = {name: m.scores(asked, damping=args.damping)[:, removed] for name, m in modules.items()}
-    undamped = modules["EK-FAC, exact labels"].scores(asked, curvature="identity")[:, removed]
+    by_file = {
+        (fisher, damping): module.scores(asked, damping=damping)[:, removed]
+        for fisher, module in modules.items()
+        for damping in DAMPINGS
+    }
+    dot_products = modules["exact"].scores(asked, curvature="identity")[:, removed]
 
+responses = {damping: of_network(damping) for damping in DAMPINGS}
 references = {
     "leave-one-out, cold": cold.scores([asked]),
     "leave-one-out, warm": warm.scores([asked]),
-    "PBRF": response.scores([asked]),
+    "PBRF": responses[DAMPING],
 }
-scores = {"influence (EK-FAC)": by_file["EK-FAC, exact labels"], "PBRF itself": references["PBRF"]}
+scores = {"influence (EK-FAC)": by_file["exact", DAMPING], "PBRF itself": references["PBRF"]}
 of_net = compare(scores, references)
-print(f"{args.removed} of {TRAIN} removed, damping {args.damping}\n{of_net}\n")
+print(f"{args.removed} of {TRAIN} removed, damping {DAMPING}\n{of_net}\n")
 
 # %%
 # Which approximation costs what
 # ------------------------------
-# From the Gauss-Newton matrix itself down to EK-FAC, one approximation after another, all with the same damping.
+# From the Gauss-Newton matrix itself down to EK-FAC, one approximation after another, with the same damping as PBRF.
 objective = Objective(net, losses, dtype=torch.float64)
 (batch,) = objective.batches(data)
 (query_batch,) = objective.batches([asked], "asked")
 rows, queried = (objective.gradients(each, chunk_size=64) for each in (batch, query_batch))
 G = GaussNewtonOperator(objective, [batch]).dense()
-layer_of = torch.cat(
-    [torch.full((where.stop - where.start,), n // 2) for n, where in enumerate(objective.slices.values())]
-)
+sizes = torch.tensor([where.stop - where.start for where in objective.slices.values()])
+layer_of = torch.repeat_interleave(torch.arange(len(sizes)) // 2, sizes)  # a weight and a bias each
 same_layer = layer_of[:, None] == layer_of
 
 
-def dense(matrix: Tensor) -> Tensor:
-    damped = matrix + args.damping * torch.eye(len(matrix), dtype=torch.float64)
+def dense(matrix: Tensor, damping: float) -> Tensor:
+    damped = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
     return queried @ torch.linalg.solve(damped, rows[removed].T)
 
 
-parts = {
-    "Gauss-Newton, whole": dense(G),
-    "Gauss-Newton, layer by layer": dense(G * same_layer),
-    **by_file,
-    "empirical Fisher, whole": dense(rows.T @ rows / TRAIN),
-    "gradient dot product": undamped,
-}
-taken_apart = compare(parts, {"PBRF": references["PBRF"]})
-print(f"What an approximation costs\n{taken_apart}")
+for damping in DAMPINGS:
+    parts = {
+        "Gauss-Newton, whole": dense(G, damping),
+        "Gauss-Newton, layer by layer": dense(G * same_layer, damping),
+        "EK-FAC, exact labels": by_file["exact", damping],
+        "EK-FAC, empirical labels": by_file["empirical", damping],
+        "gradient dot product": dot_products,
+    }
+    taken_apart = compare(parts, {"PBRF": responses[damping]})
+    print(f"What an approximation costs, damping {damping}\n{taken_apart}\n")
 
 
 # %%
@@ -185,9 +193,8 @@ print(f"What an approximation costs\n{taken_apart}")
 def scatter(axis: plt.Axes, comparison: Comparison, method: str, reference: str, title: str) -> None:
     row = comparison[method, reference]
     axis.scatter(comparison.scores[method].flatten(), comparison.references[reference].flatten(), s=3, alpha=0.5)
-    axis.set(
-        title=f"{title}\nPearson {row.pearson:.2f}, Spearman {row.spearman:.2f}", xlabel=method, ylabel=reference
-    )
+    title = f"{title}\nPearson {row.pearson:.2f}, Spearman {row.spearman:.2f}"
+    axis.set(title=title, xlabel=method, ylabel=reference)
 
 
 figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
@@ -196,4 +203,4 @@ scatter(axes[1], of_linear, "influence", "PBRF", "linear regression")
 scatter(axes[2], of_net, "influence (EK-FAC)", "leave-one-out, cold", "network")
 scatter(axes[3], of_net, "influence (EK-FAC)", "PBRF", "network")
 figure.savefig(args.output, dpi=150)
-print(f"\n{args.output}: a point for each query and removed example; {time.perf_counter() - start:.0f} s")
+print(f"{args.output}: a point for each query and removed example; {time.perf_counter() - start:.0f} s")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,15 +104,8 @@ def pbrf(
     parts = []
     for rows in torch.arange(chosen.size, device=objective.device).split(CHUNK_ROWS):
         start = objective.parameters.expand(len(rows), -1)
-        parts.append(
-            minimize_rows(
-                lambda theta, which, rows=rows: problem.gradients(theta, rows[which]),
-                start,
-                solve,
-                rtol=rtol,
-                maxiter=maxiter,
-            )
-        )
+        gradients = partial(problem.gradients_of, rows)
+        parts.append(minimize_rows(gradients, start, solve, rtol=rtol, maxiter=maxiter))
     info = SolveInfo(*(torch.cat([getattr(p.info, name) for p in parts]) for name in _FIELDS))
     warn_unconverged(info, "pbrf")
     return Responses(objective, torch.cat([part.value for part in parts]), objective.parameters, epsilon, info)
@@ -190,6 +184,10 @@ class Proximal:
         for batch, anchor in zip(self.batches, self._anchors, strict=True):  # type: ignore[attr-defined]
             total += self._mapped(lambda p, b=batch, a=anchor: self._divergence(p, b, *a))(theta) / count
         return total
+
+    def gradients_of(self, chosen: Tensor, theta: Tensor, rows: Tensor) -> Tensor:
+        """`gradients`, with rows counted among those that are chosen."""
+        return self.gradients(theta, chosen[rows])
 
     def inverse_gauss_newton(self) -> Callable[[Tensor], Tensor]:
         """(G + damping)⁻¹ for rows [k, p]: dense, or for many parameters by a few steps, which is near enough."""

@@ -86,8 +86,8 @@ print(f"Linear regression on diabetes, {len(removed)} of 342 removed, seed {args
 # A network
 # ---------
 # Trained by full-batch Adam with weight decay, so that leave-one-out from the same initial weights ("cold")
-# differs by the example alone and by no noise. "Warm" trains on from the trained weights. Scores: full EK-FAC at the
-# final weights, from a file of uncompressed rows, with exact labels.
+# differs by the example alone and by no noise. "Warm" trains on from the trained weights. Scores: full EK-FAC at
+# the final weights, from a file of uncompressed rows, with exact labels.
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets, reduction="none")
 
@@ -159,7 +159,7 @@ print(f"{args.removed} of {TRAIN} removed, damping {DAMPING}\n{of_net}\n")
 # %%
 # Which approximation costs what
 # ------------------------------
-# From the Gauss-Newton matrix itself down to EK-FAC, one approximation after another, with the same damping as PBRF.
+# From the Gauss-Newton matrix itself down to EK-FAC, one approximation after another, with PBRF's own damping.
 objective = Objective(net, losses, dtype=torch.float64)
 (batch,) = objective.batches(data)
 (query_batch,) = objective.batches([asked], "asked")

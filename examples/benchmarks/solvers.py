@@ -140,7 +140,7 @@ def problems(seed: int, folder: str) -> Iterator[Problem]:
 
 
 def methods(M: EKFACPreconditioner, size: int) -> dict[str, Solver]:
-    rank = min(size, 50)
+    rank, sketch = min(size, 50), min(size, 100)
     return {
         "Exact": Exact(),
         "ConjugateGradient": ConjugateGradient(rtol=1e-6),
@@ -150,7 +150,7 @@ def methods(M: EKFACPreconditioner, size: int) -> dict[str, Solver]:
         "EK-FAC alone": PreconditionedNeumann(M, maxiter=1),
         "EK-FAC + Neumann, 100 iterations": PreconditionedNeumann(M, step=None, maxiter=100),
         f"Arnoldi, rank {rank}": Arnoldi(rank=rank),
-        f"Nystroem, rank {rank}": Nystroem(rank=rank),
+        f"Nystroem, rank {sketch}": Nystroem(rank=sketch),
     }
 
 

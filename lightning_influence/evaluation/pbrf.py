@@ -7,17 +7,21 @@ arXiv:2006.14651). They are, to first order in epsilon, the response that minimi
     D_n(theta) = l_n(y_n) - l_n(y_n at trained) - <grad l_n(y_n at trained), y_n - y_n at trained>
 
 from the trained weights (Bae et al. 2022, "If influence functions are the answer, then what is the question?",
-arXiv:2209.05364): the change of weights that serves example m, and costs the other outputs, as they are, least. D_n is
-the Bregman divergence of the loss in the outputs y_n, so it asks for the trained network's outputs and not for the
-labels: the trained weights are its minimum even where training did not converge. Its Hessian there is the Gauss-Newton
-matrix G, hence theta - trained = -epsilon (G + damping)⁻¹ grad L_m + O(epsilon²).
+arXiv:2209.05364, proposed it). D_n is the Bregman divergence of the loss in the outputs y_n: it asks for the
+trained network's outputs and not for the labels, so the trained weights are the minimum of the mean even where
+training did not converge. Its Hessian there is the Gauss-Newton matrix G, hence
+theta - trained = -epsilon (G + damping)⁻¹ grad L_m + O(epsilon²).
+
+Where outputs have kinks, as with ReLU, so has the objective, and a response may lie on one, where no gradient is
+small: it then counts as not converged, though nothing near is better.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +39,8 @@ from lightning_influence.solvers import (
 )
 from lightning_influence.solvers.objective import Batch, Loss
 
-STEPS_BY_CG = 30
+DENSE_SIZE = 4096  # of parameters; a matrix of that size is 134 MB
+CG_STEPS = 10
 
 
 def pbrf(
@@ -53,8 +58,8 @@ def pbrf(
 ) -> Responses:
     """The proximal Bregman response to each of some examples.
 
-    Costs some ten passes over the training data for each example with the default preconditioner's products on top;
-    all are followed side by side.
+    Costs some ten passes over the training data for each example, with the default preconditioner's on top;
+    examples are followed side by side.
 
     Args:
         model: trained; called as `model(inputs)`, returns one tensor; run in eval mode, and left as it is.
@@ -65,8 +70,8 @@ def pbrf(
         damping: what pulls to the trained weights: a number for all, or by the names of parameters or of modules
             that hold them. To compare with scores from a file, what is added to their eigenvalues.
         epsilon: added to an example's weight 1/N in the mean loss; None for -1/N, which removes it.
-        preconditioner: near G + damping, such as `EKFACPreconditioner.from_store(...)`; None for some steps of
-            conjugate gradients with G.
+        preconditioner: near G + damping, such as `EKFACPreconditioner.from_store(...)`; None for G itself, dense
+            up to 4,096 parameters, and beyond by some steps of conjugate gradients.
         rtol: of an objective's gradient, what may be left.
         maxiter: of steps.
         dtype: to compute in; the objectives are small differences of losses, hence float64.
@@ -95,19 +100,12 @@ def pbrf(
     if epsilon == 0 or not abs(epsilon) < float("inf"):
         raise ValueError(f"`epsilon` must be finite and not 0, got {epsilon}; -1/N removes an example.")
     problem = Proximal(objective, batches, chosen, epsilon, damping_vector(objective, damping))
-    solve = problem.inverse_gauss_newton if preconditioner is None else preconditioner.solve
+    solve = problem.inverse_gauss_newton() if preconditioner is None else preconditioner.solve
     parts = []
     for rows in torch.arange(chosen.size, device=objective.device).split(CHUNK_ROWS):
         start = objective.parameters.expand(len(rows), -1)
-        parts.append(
-            minimize_rows(
-                lambda theta, which, rows=rows: problem.gradients(theta, rows[which]),
-                start,
-                solve,
-                rtol=rtol,
-                maxiter=maxiter,
-            )
-        )
+        gradients = partial(problem.gradients_of, rows)
+        parts.append(minimize_rows(gradients, start, solve, rtol=rtol, maxiter=maxiter))
     info = SolveInfo(*(torch.cat([getattr(p.info, name) for p in parts]) for name in _FIELDS))
     warn_unconverged(info, "pbrf")
     return Responses(objective, torch.cat([part.value for part in parts]), objective.parameters, epsilon, info)
@@ -121,9 +119,9 @@ def warn_unconverged(info: SolveInfo, name: str) -> None:
     failed = ~info.converged
     if bool(failed.any()):
         warnings.warn(
-            f"{name}: {int(failed.sum())} of {len(failed)} responses did not converge; the largest gradient left is "
-            f"{float(info.residual[failed].max()):.2g} of that at the start; raise `damping`, `maxiter` or `rtol`, "
-            "or take a smaller `epsilon`.",
+            f"{name}: {int(failed.sum())} of {len(failed)} responses did not converge; the largest gradient left "
+            f"is {float(info.residual[failed].max()):.2g} of that at the start; raise `damping`, `maxiter` or "
+            "`rtol`, take a smaller `epsilon`, or, if the model has kinks (ReLU), accept it.",
             stacklevel=3,
         )
 
@@ -187,12 +185,19 @@ class Proximal:
             total += self._mapped(lambda p, b=batch, a=anchor: self._divergence(p, b, *a))(theta) / count
         return total
 
-    def inverse_gauss_newton(self, vectors: Tensor) -> Tensor:
-        """(G + damping)⁻¹ v for each row [k, p], by a few steps; not exact, and need not be."""
+    def gradients_of(self, chosen: Tensor, theta: Tensor, rows: Tensor) -> Tensor:
+        """`gradients`, with rows counted among those that are chosen."""
+        return self.gradients(theta, chosen[rows])
+
+    def inverse_gauss_newton(self) -> Callable[[Tensor], Tensor]:
+        """(G + damping)⁻¹ for rows [k, p]: dense, or for many parameters by a few steps, which is near enough."""
         operator = _DampedGaussNewton(self.objective, self.batches, self.damping)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it all converged is judged elsewhere
-            return ConjugateGradient(rtol=0.05, maxiter=STEPS_BY_CG).solve(operator, vectors).value
+        if operator.size > DENSE_SIZE:
+            return operator.roughly_solved
+        matrix = operator.dense()
+        jitter = torch.finfo(matrix.dtype).eps * matrix.diagonal().mean() * operator.size
+        factor = torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix)).to(matrix))
+        return lambda vectors: torch.cholesky_solve(vectors.T, factor).T
 
     def _mapped(self, function: Any) -> Any:
         return torch.func.vmap(torch.func.grad(function), chunk_size=CHUNK_ROWS)
@@ -244,4 +249,11 @@ class _DampedGaussNewton(GaussNewtonOperator):
         self.damping = damping
 
     def product(self, vectors: Tensor, batch: int | None = None) -> Tensor:
+        """As of every operator."""
         return self.curvature_product(vectors, batch) + self.damping * vectors
+
+    def roughly_solved(self, vectors: Tensor) -> Tensor:
+        """(G + damping)⁻¹ v for each row, by a few steps."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whether it all converged is judged elsewhere
+            return ConjugateGradient(rtol=0.1, maxiter=CG_STEPS).solve(self, vectors).value

@@ -6,7 +6,7 @@ import inspect
 import os
 import pickle
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from lightning_influence.damping_advice import DampingAdvice
 from lightning_influence.errors import CorruptStoreError, QueryError
 from lightning_influence.fisher import describe_fisher
 from lightning_influence.layers import Coverage
+from lightning_influence.module.perturbation import input_derivatives, preconditioned_queries
 from lightning_influence.module.verified import VerifiedModel
 from lightning_influence.query import DEFAULT_DAMPING, Attribution, described_layers
 from lightning_influence.segments import Segments
+from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement
 
@@ -240,6 +242,48 @@ class InfluenceModule(VerifiedModel):
         gradients = self._gradients(self._transferred(batch), measurement)
         options: dict[str, Any] = {"damping": damping, "curvature": curvature, "segments": segments}
         return self._engine().removal_effect(gradients, indices, **options)
+
+    def perturbation(
+        self,
+        batch: Any,
+        examples: Any,
+        *,
+        damping: AnyDamping = DEFAULT_DAMPING,
+        curvature: str | Curvature = "ekfac",
+        measurement: Measurement | None = None,
+        training_loss: Measurement | None = None,
+        inputs: int | str = 0,
+    ) -> Tensor:
+        """Derivative of each query's score of each training example by that example's own features.
+
+        If example x becomes x + d, and the model is trained again, the measurement changes by about
+        <derivative, d> / N. Of the covered layers, at the model's weights; the file's rows are not read.
+
+        Args:
+            batch: q queries.
+            examples: n training examples, as `training_step` takes a batch.
+            damping: as in `scores`.
+            curvature: as in `scores`, but for "empirical_fisher".
+            measurement: as in `scores`.
+            training_loss: `training_loss(model, batch) -> [n]`, for a model without a `training_step`.
+            inputs: index or key of the features in `examples`.
+
+        Returns:
+            Shape [q, n, *features].
+
+        Raises:
+            QueryError: if the features are integers, such as tokens, or the model does not depend on them.
+        """
+        gradients = self._gradients(self._transferred(batch), measurement)
+        return input_derivatives(
+            self.model,
+            self._tracked,
+            preconditioned_queries(self._engine(), gradients, damping=damping, curvature=curvature),
+            self._transferred(examples),
+            loss=cast(LossKind, self.store.attributes.get("loss", "auto")),
+            training_loss=training_loss,
+            inputs=inputs,
+        )
 
     def recommend_damping(self) -> DampingAdvice:
         """Which damping to ask this file with, and how much that matters; nothing but the file is read.

@@ -55,7 +55,7 @@ def proximal_bregman_objective(
 def least_squares_response(
     X: Tensor, y: Tensor, trained: Tensor, example: int, *, epsilon: float, damping: Tensor
 ) -> Tensor:
-    """The minimum for outputs X theta and losses ½ (output - y)², where D_n is ½ (change of output)²; shape [p]."""
+    """The minimum for outputs X theta and losses ½ (output - y)²: D_n is ½ (change of output)²; shape [p]."""
     x = X[example]
     H = X.T @ X / len(X) + torch.diag(damping) + epsilon * torch.outer(x, x)
     return trained - epsilon * torch.linalg.solve(H, (x @ trained - y[example]) * x)

@@ -6,7 +6,7 @@ of 25 handwritten digits are edited in three ways each, and the model is trained
 orders of the data. Then the predictions are compared with what happened: is their order right (correlation),
 and is their size (slope)?
 
-Prints a table, and writes `dataset_edit.png`. Takes about two minutes on 2 cores. Needs
+Prints tables, and writes `dataset_edit.png`. Takes two to three minutes on 2 cores. Needs
 `pip install lightning-influence[examples]`.
 """
 

@@ -18,6 +18,8 @@ from lightning_influence.errors import QueryError
 from lightning_influence.evaluation import pbrf
 from lightning_influence.evaluation.report import Check, VerificationReport
 from lightning_influence.evaluation.report_file import Drawn, halves_check, top_overlap
+from lightning_influence.evaluation.report_reference import GaussNewtonReference, Sample, gauss_newton_check
+from lightning_influence.evaluation.report_run import Verification
 from lightning_influence.solvers import GaussNewtonOperator
 from tests.integration.lifecycle_models import HandwrittenLoss, make_trainer
 
@@ -227,6 +229,28 @@ def test_refuses_a_loader_of_another_dataset(run: Run):
 def test_says_when_the_time_is_too_short(run: Run):
     report = run.influence.verify(run.loader, run.queries, minutes=1e-3)
     assert "pass more `minutes=`" in report["gauss-newton"].left_out
+
+
+def test_a_part_of_the_training_set_is_held_against_itself(run: Run):
+    x, y = tensors(N, 1)
+    small = Verification(
+        run.influence._engine(),
+        run.influence.model,
+        run.influence._tracked,
+        loss_kind="auto",
+        damping=HeuristicDamping(),
+        minutes=30,
+        seed=0,
+    )
+    subject = small._subject(run.influence.model, run.queries)
+    rows = [np.arange(start, start + 16) for start in range(0, 64, 16)]
+    part = Sample(rows, [(x[own], y[own]) for own in rows])
+    reference = GaussNewtonReference(subject, part, seconds=1800, seed=0)
+    check = gauss_newton_check(subject, reference)
+    assert not reference.is_whole
+    assert check.figures["examples"] == 64
+    assert "agrees with itself" in check.answer
+    assert check.value - 0.3 < check.figures["reference_halves"] < 1
 
 
 def test_refuses_no_time(run: Run):

@@ -7,7 +7,7 @@ training passages raised the likelihood of this completion? In which layers, and
 Then we take the passages away and train again, to see whether the answers are true. In the end, on a narrower
 model with less text, scores are compared with their reference: conjugate gradients on the Gauss-Newton matrix.
 
-Prints text, and writes `char_transformer.png`. Takes three to four minutes on 2 cores. Needs
+Prints text, and writes `char_transformer.png`. Takes about four minutes on 2 cores. Needs
 `pip install lightning-influence[examples]`.
 """
 

@@ -22,7 +22,7 @@ from lightning_influence.fisher import describe_fisher
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import Coverage
 from lightning_influence.module.ensemble import Average, InfluenceEnsemble
-from lightning_influence.module.hosted import HostedModel
+from lightning_influence.module.verified import VerifiedModel
 from lightning_influence.query import (
     MEMORY_BUDGET,
     Attribution,
@@ -39,7 +39,7 @@ from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement
 
 
-class InfluenceModule(HostedModel):
+class InfluenceModule(VerifiedModel):
     """Answers which training examples made the model say what it says, from its file alone.
 
     A score is positive where up-weighting the training example raises the query's measurement (a

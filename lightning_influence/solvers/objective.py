@@ -71,7 +71,7 @@ class Objective:
     def outputs(self, parameters: Tensor, inputs: Any) -> Any:
         """What the model returns at the given parameters [p]."""
         named = {name: parameters[where].view(self.shapes[name]) for name, where in self.slices.items()}
-        with _evaluating(self.model), _twice_differentiable():
+        with _evaluating(self.model), twice_differentiable():
             return torch.func.functional_call(self.model, {**self._fixed, **named}, (inputs,))
 
     def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
@@ -184,7 +184,7 @@ def _described(value: Any) -> str:
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
+def twice_differentiable() -> Iterator[None]:
     """Attention by plain operations: the fused kernels have no second or forward-mode derivatives."""
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     try:

@@ -102,7 +102,7 @@ def back_propagated(
         scale: that it is multiplied with, for gradients in half precision.
         before_backward: called with what will be back-propagated.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _asking(model, capture.layers):
+    with torch.inference_mode(False), torch.enable_grad(), asked_of(model, capture.layers):
         batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
         with capture:
             answer = objective(model, batch)
@@ -240,7 +240,7 @@ class _RefusingCollectives(TorchDispatchMode):
 
 
 @contextmanager
-def _asking(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[None]:
+def asked_of(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> Iterator[None]:
     """Eval mode, gradients for the covered parameters, no logging; everything is put back after."""
     with ExitStack() as restored:
         for parameter in model.parameters():

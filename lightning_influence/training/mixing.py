@@ -35,7 +35,7 @@ from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.layers import TrackedLayer
 from lightning_influence.losses import LossTap
 from lightning_influence.training.asking import (
-    _asking,
+    asked_of,
     copy_to_ask,
     kept_random_states,
     training_objective,
@@ -216,7 +216,7 @@ class _Inquiry:
         with ExitStack() as asked:
             asked.enter_context(torch.inference_mode(False))
             asked.enter_context(torch.enable_grad())
-            asked.enter_context(_asking(self._model, self._layers))
+            asked.enter_context(asked_of(self._model, self._layers))
             asked.enter_context(torch.compiler.set_stance("force_eager"))  # so that all hooks are called
             for module in self._training:
                 module.training = True

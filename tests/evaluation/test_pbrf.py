@@ -124,9 +124,7 @@ def test_responses_do_not_depend_on_batches_or_company() -> None:
 def test_the_preconditioner_changes_only_how_the_responses_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = responses()
     without = responses(preconditioner=Identity())
-    module = importlib.import_module(
-        "lightning_influence.evaluation.pbrf"
-    )  # not the function
+    module = importlib.import_module("lightning_influence.evaluation.pbrf")  # not the function
     monkeypatch.setattr(module, "DENSE_SIZE", 0)
     for found in (without, responses()):  # nothing; a few steps of conjugate gradients
         torch.testing.assert_close(found.parameters, expected.parameters, rtol=1e-6, atol=1e-8)

@@ -86,11 +86,14 @@ def class_losses(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def networks() -> dict[str, nn.Module]:
-    convolutions = [nn.Conv2d(1, 6, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 8, 3), nn.Tanh()]
     return {
         "softmax regression": nn.Sequential(nn.Linear(64, 10)),
         "network": nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)),
-        "CNN": nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *convolutions, nn.Flatten(), nn.Linear(8, 10)),
+        "CNN": nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            *(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 8, 3), nn.Tanh()),
+            *(nn.Flatten(), nn.Linear(8, 10)),
+        ),
         "transformer": RowTransformer(),
     }
 

@@ -167,9 +167,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # the table says what did not converge
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print(
-        f"torch {torch.__version__}, seed {args.seed}, {TRAIN} or {SMALL} training images, 400 patients, 10 queries"
-    )
+    sizes = f"{TRAIN} or {SMALL} images, 400 patients"
+    print(f"torch {torch.__version__}, seed {args.seed}, {sizes}, 10 queries")
     with tempfile.TemporaryDirectory() as folder:
         for problem in problems(args.seed, folder):
             report(problem)

@@ -43,7 +43,7 @@ from lightning_influence.solvers import (
 from lightning_influence.solvers.objective import Loss
 
 TRAIN = 1000
-SMALL = 250  # for networks whose products cost more
+SMALL = 100  # for networks whose products cost more
 
 
 @dataclass
@@ -69,9 +69,9 @@ class RowTransformer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(8, 12)
-        self.block = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(12, 10)
+        self.embed = nn.Linear(8, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.block(self.embed(images.unflatten(1, (8, 8)))).mean(1))

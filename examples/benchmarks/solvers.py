@@ -126,7 +126,7 @@ def problems(seed: int, folder: str) -> Iterator[Problem]:
             TRAIN,
             class_losses,
             GaussNewtonOperator,
-            1e-2,
+            1.0,
         ),
     ):
         x, y = data

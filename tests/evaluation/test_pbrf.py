@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from lightning_influence.evaluation import Responses, pbrf
 from lightning_influence.evaluation.pbrf import Proximal, damping_vector
 from lightning_influence.solvers import Exact, Objective, compute_influences
+from lightning_influence.solvers.preconditioner import Identity
 from tests.reference.models import random
 from tests.reference.proximal import least_squares_response, proximal_bregman_objective
 from tests.solvers.problems import class_loss, classifier
@@ -116,6 +119,16 @@ def test_responses_do_not_depend_on_batches_or_company() -> None:
         rtol=1e-8,
     )
     torch.testing.assert_close(alone.parameters[0], responses().parameters[3], rtol=1e-6, atol=1e-8)
+
+
+def test_the_preconditioner_changes_only_how_the_responses_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = responses()
+    without = responses(preconditioner=Identity())
+    module = importlib.import_module("lightning_influence.evaluation.pbrf")  # not the function
+    monkeypatch.setattr(module, "DENSE_SIZE", 0)
+    for found in (without, responses()):  # nothing; a few steps of conjugate gradients
+        torch.testing.assert_close(found.parameters, expected.parameters, rtol=1e-6, atol=1e-8)
+        assert found.info.iterations.sum() > expected.info.iterations.sum()
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -195,13 +195,13 @@ class InfluenceQuery(OpenSegment):
         membership = Membership(groups, self.num_examples, str(self.store.path))
         asked = self._asked(Question(**options), membership.places)
         has_effects, count = is_mean(asked.weights), _count(queries)
-        counts = membership.count(asked.known)
+        counts, unknown = membership.count(asked.known), ~asked.known
         sums = torch.zeros(2, count, len(counts), dtype=torch.float64)
         for block in asked.blocks(count, _same_for_all(queries), with_effects=has_effects):
             rows = asked.places.rows(block.part)
             for each, values in zip(sums, (block.scores[""], block.effects), strict=True):
                 if values is not None:
-                    membership.add(each[block.queries], rows, values.nan_to_num(nan=0.0))
+                    membership.add(each[block.queries], rows, values.cpu().masked_fill(unknown[rows], 0.0))
         scores, effects = sums.masked_fill(counts == 0, torch.nan).float()
         return GroupAttribution(membership.names, scores, effects if has_effects else None, counts)
 

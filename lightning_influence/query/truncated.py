@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients import FactoredGradient
+from lightning_influence.gradients import BiasedGradient, FactoredGradient
 
 log = logging.getLogger(__name__)
 ITERATIONS, MORE = 2, 8  # of a subspace of so many dimensions more, after which the error is near the least
@@ -51,6 +51,13 @@ class TruncatedQueries:
             setattr(made, name, torch.cat([getattr(part, name) for part in parts]))
         return made
 
+    def _of_inputs(self, rows: FactoredGradient) -> Tensor:
+        """The rows' inputs times W, [n, s, q r]; a bias's ones are not written out."""
+        flat = self._right.permute(1, 0, 2).flatten(1)  # [i, q r]
+        if isinstance(rows, BiasedGradient):
+            return (rows.bare_inputs @ flat[:-1]).add_(flat[-1])
+        return rows.inputs @ flat
+
     @property
     def rank(self) -> int:
         """Of each query."""
@@ -60,7 +67,7 @@ class TruncatedQueries:
         """<U W^T, G_n>, shape [q, n]."""
         q, _, r = self._left.shape
         left = rows.output_grads @ self._left.permute(1, 0, 2).flatten(1)  # [n, s, q r]
-        right = rows.inputs @ self._right.permute(1, 0, 2).flatten(1)
+        right = self._of_inputs(rows)
         return (left * right).sum(1).unflatten(1, (q, r)).sum(2).T
 
 

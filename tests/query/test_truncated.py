@@ -21,12 +21,13 @@ def decaying(q: int, o: int, i: int) -> torch.Tensor:
     return left * (2 / 3) ** torch.arange(o) @ right.mT[:, :o]
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("positions", [1, 3])
-def test_scores_are_those_of_nearly_the_nearest_matrices(positions: int) -> None:
+def test_scores_are_those_of_nearly_the_nearest_matrices(positions: int, has_bias: bool) -> None:
     matrices, generator = decaying(4, 12, 30), torch.Generator().manual_seed(1)
-    rows = FactoredGradient(
-        torch.randn(9, positions, 30, generator=generator), torch.randn(9, positions, 12, generator=generator)
-    )
+    inputs = torch.randn(9, positions, 30 - has_bias, generator=generator)
+    rows = FactoredGradient(inputs, torch.randn(9, positions, 12, generator=generator))
+    rows = rows.with_ones() if has_bias else rows
     U, values, Vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     for rank in (1, 4, 12):
         found = TruncatedQueries(matrices, rank)

@@ -50,6 +50,7 @@ from lightning_influence.functional.code_products import code_products
 from lightning_influence.functional.quantize import dequantize_int8, quantize_int8
 from lightning_influence.functional.rotated import quantize_rotated, restore_rotated
 from lightning_influence.functional.structure import KroneckerStructure
+from lightning_influence.metrics import rank_correlations
 from lightning_influence.query import described_layers
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreReader
@@ -362,6 +363,18 @@ def codes_alone() -> None:
             print_times(f"{bits} bits, {q} queries", interleaved(timed), "read")
 
 
+def what_ranks_lose(influence: InfluenceModule, batch: Data) -> None:
+    """Scores from queries of a rank, against exact ones."""
+    exact = influence.scores(batch)
+    for rank in args.ranks:
+        found = influence.scores(batch, rank=rank)
+        spearman = rank_correlations(found, exact).mean()
+        common = [
+            len({*a.tolist()} & {*b.tolist()}) for a, b in zip(exact.topk(10)[1], found.topk(10)[1], strict=True)
+        ]
+        print(f"rank {rank}: Spearman {spearman:.4f}, {statistics.mean(common) / 10:.0%} of the top 10 in common")
+
+
 # %%
 def main(folder: Path) -> None:
     data, queries = fashion_images(args.examples, args.queries)
@@ -379,6 +392,9 @@ def main(folder: Path) -> None:
                 "scores": lambda batch=batch, influence=influence: influence.scores(batch),
                 "top_k": lambda batch=batch, influence=influence: influence.top_k(batch, 10),
             }
+            if all(isinstance(layer.codec, PairsCodec) for layer in layers.values()):
+                for rank in args.ranks:
+                    timed[f"rank {rank}"] = functools.partial(influence.scores, batch, rank=rank)
             if all(isinstance(layer.codec, EigenCodec) for layer in layers.values()):
                 timed["matmul"] = matmul(store, layers, q)
             times = interleaved(timed)
@@ -386,6 +402,10 @@ def main(folder: Path) -> None:
             if "matmul" in times:
                 print(f"kernels run at {times['matmul'][0] / times['kernels'][0]:.0%} of float32's matmul rate")
             ours[name, q] = times["scores"][0]
+            for rank in args.ranks if f"rank {args.ranks[0]}" in times else ():
+                ours[f"{name}, rank {rank}", q] = times[f"rank {rank}"][0]
+        if "rank" in " ".join(times):
+            what_ranks_lose(influence, queries)
     if args.kronfluence:
         seed_everything(args.seed, verbose=False)
         print_peer(kronfluence_times(mlp(), data, queries), ours, args.examples)
@@ -397,6 +417,7 @@ if __name__ == "__main__":
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], help="of queries, for pairs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--check", type=int, default=5, help="queries that are compared with float64")

@@ -32,6 +32,7 @@ from lightning_influence.query.places import Places, as_indices
 from lightning_influence.query.prepared import AnswerOfLayer, PreparedLayer, check_positions, prepare
 from lightning_influence.query.reading import read_chunks
 from lightning_influence.query.segment import OpenSegment
+from lightning_influence.query.truncated import log_truncated
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import WeightedSegment, answerable, weighted_segments
 
@@ -84,6 +85,7 @@ class Asked:
         places: the examples that are asked about.
         known: which of all examples have an answer, bool [N].
         budget: bytes.
+        rank: that queries are truncated to; None for exact products.
     """
 
     parts: Sequence[Part]
@@ -92,6 +94,7 @@ class Asked:
     places: Places
     known: Tensor = field(repr=False)
     budget: int
+    rank: int | None = None
 
     @classmethod
     def of(cls, own: OpenSegment, question: Question, budget: int, places: Places | None = None) -> Asked:
@@ -114,7 +117,7 @@ class Asked:
         for store, weight in weighted:
             segment = own if store.number == own.store.number else OpenSegment(store, own.device)
             parts.append(Part(segment, weight, segment.dampings(curvature, rule)))
-        return cls(parts, layers, curvature, places, known_examples(weighted), budget)
+        return cls(parts, layers, curvature, places, known_examples(weighted), budget, question.rank)
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +140,8 @@ class Asked:
             QueryError: if there are none, or layers that are to be added up have not the same number.
         """
         segment = self.parts[0].segment
+        if self.rank is not None:
+            raise ValueError("`rank` cannot be combined with `per_token`; leave one of them out.")
         if isinstance(self.curvature, RowCurvature):
             raise QueryError(
                 "`per_token` cannot be had with a curvature that is made of the rows, such as 'empirical_fisher', "
@@ -225,8 +230,14 @@ class Asked:
             for name in self.layers:
                 layer = part.segment.layers[name]
                 found[number, name] = prepare(
-                    layer, gradients[name], self.curvature, part.rules[name], self.budget
+                    layer,
+                    gradients[name],
+                    self.curvature,
+                    part.rules[name],
+                    budget=self.budget,
+                    rank=self.rank,
                 )
+        log_truncated({name: each.projected for (_, name), each in found.items()})
         return found
 
     def _chunks(

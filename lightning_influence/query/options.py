@@ -33,12 +33,17 @@ class QueryOptions(TypedDict, total=False):
             and lacks its row, makes it NaN. The factors of all of them are in memory at a time.
         layers: names or glob patterns of the layers to sum over; None for all. Rules for damping see all
             layers, so that this is what these layers add to the scores.
+        rank: None for exact products, or the rank that queries are truncated to where a layer's rows are pairs:
+            2 rank (o + i) multiply-adds a row instead of o i. Layers with no fewer that way stay exact. The log
+            (INFO) says what share of the queries' squared norm is left; `examples/benchmarks/query_speed.py`
+            measures what that does to scores. Not with `per_token`.
     """
 
     damping: AnyDamping
     curvature: str | Curvature
     segments: Segments
     layers: str | Sequence[str] | None
+    rank: int | None
 
 
 class ScoreOptions(QueryOptions, total=False):
@@ -60,7 +65,14 @@ class Question:
     curvature: str | Curvature = "ekfac"
     segments: Segments = None
     layers: str | Sequence[str] | None = None
+    rank: int | None = None
     subset: Subset | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and (
+            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
+        ):
+            raise ValueError(f"`rank` must be a positive integer, or None for exact products, got {self.rank!r}.")
 
 
 def chosen_layers(layers: str | Sequence[str] | None, known: Iterable[str], where: str) -> list[str]:

@@ -15,6 +15,7 @@ from lightning_influence.errors import QueryError
 from lightning_influence.functional.products import inner_products
 from lightning_influence.gradients import FactoredGradient, LayerGradient
 from lightning_influence.query.budget import preconditioned_at_once
+from lightning_influence.query.truncated import TruncatedQueries
 from lightning_influence.scoring import ScoredLayer
 
 
@@ -24,21 +25,22 @@ class PreparedLayer:
 
     Args:
         layer: its factors and codec.
-        projected: q queries, as the codec takes them.
+        projected: q queries, as the codec takes them; of rank r, for rows that are pairs, if that was asked for.
     """
 
     layer: ScoredLayer
-    projected: Tensor
+    projected: Tensor | TruncatedQueries
 
     def scores(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Scores of rows, shape [q, n]."""
+        if isinstance(self.projected, TruncatedQueries):
+            return self.projected.scores(_pairs(self.layer).decode_gradient(arrays))
         return self.layer.scores(self.projected, arrays)
 
     def position_scores(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What each position of the rows adds to its score, shape [q, n, s]; of rows that are pairs."""
-        codec = self.layer.codec
-        assert isinstance(codec, PairsCodec)  # as `check_positions` has it
-        rows = codec.decode_gradient(arrays)
+        assert isinstance(self.projected, Tensor)  # as `check_positions` has it
+        rows = _pairs(self.layer).decode_gradient(arrays)
         each = FactoredGradient(rows.inputs.flatten(0, 1)[:, None], rows.output_grads.flatten(0, 1)[:, None])
         return inner_products(each, self.projected).unflatten(1, (len(rows), rows.positions))
 
@@ -51,15 +53,36 @@ class AnswerOfLayer(Protocol):
 
 
 def prepare(
-    layer: ScoredLayer, query: LayerGradient, curvature: Curvature, damping: Damping, budget: int
+    layer: ScoredLayer,
+    query: LayerGradient,
+    curvature: Curvature,
+    damping: Damping,
+    *,
+    budget: int,
+    rank: int | None = None,
 ) -> PreparedLayer:
-    """Precondition a layer's queries, in float32, some at a time."""
+    """Precondition a layer's queries, in float32, some at a time; of a rank where that is cheaper."""
     step = preconditioned_at_once(layer, budget)
     parts = [
         layer.precondition(_as_float32(query[start : start + step], layer.Lambda), curvature, damping)
         for start in range(0, len(query), step)
     ]
+    if rank is not None and _is_cheaper(layer, rank):
+        return PreparedLayer(layer, TruncatedQueries.joined([TruncatedQueries(part, rank) for part in parts]))
     return PreparedLayer(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def _is_cheaper(layer: ScoredLayer, rank: int) -> bool:
+    """Whether products with queries of a rank take fewer multiply-adds than with whole ones."""
+    if not isinstance(layer.codec, PairsCodec):
+        return False
+    o, i = layer.codec.shape
+    return 2 * rank * (o + i) < o * i
+
+
+def _pairs(layer: ScoredLayer) -> PairsCodec:
+    assert isinstance(layer.codec, PairsCodec)
+    return layer.codec
 
 
 def _as_float32(query: LayerGradient, like: Tensor) -> LayerGradient:

@@ -262,6 +262,17 @@ def test_a_group_without_a_row_has_no_score(gappy: InfluenceQuery) -> None:
     assert found.counts.tolist() == [0, 0, 1]
 
 
+def test_a_query_without_scores_has_none_of_groups(vectors: InfluenceQuery) -> None:
+    queries = asked(vectors)
+    for name, gradient in queries.items():
+        dense = gradient.dense().clone()
+        dense[0] = torch.nan
+        queries[name] = DenseGradient(dense)
+    found = vectors.group_scores(queries, LABELS).scores
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+
+
 def test_groups_of_layers_add_up(vectors: InfluenceQuery) -> None:
     queries, options = asked(vectors), {"curvature": "kfac", "damping": GlobalDamping(0.1)}
     parts = [vectors.group_scores(queries, LABELS, layers=name, **options) for name in ("first", "last")]

@@ -65,6 +65,10 @@ def batches():
     yield images[:1], labels[:1]
     yield images[1:], labels[1:]
 
+def talking():
+    print("loading")
+    return one_batch()
+
 def nothing():
     return []
 
@@ -377,6 +381,16 @@ def test_top_gives_the_largest_scores_however_queries_are_returned(folder, capsy
         assert [each["label"] for each in entry["top"]] == labels[best].tolist()
         assert [each["loss"] for each in entry["top"]] == losses[best].tolist()
         assert [each["step"] for each in entry["top"]] == steps[best].tolist()
+
+
+def test_what_the_users_code_prints_is_no_part_of_the_answer(folder, capsys, tmp_path):
+    arguments = ["influence.h5", *ASK, "asking:talking"]
+    assert main(["top", *arguments, "--k", "1", "--json"]) == 0
+    found = capsys.readouterr()
+    assert len(json.loads(found.out)) == 3
+    assert found.err == "loading\n"
+    assert main(["export", *arguments, "--to", str(tmp_path / "table.npz")]) == 0
+    assert "loading" not in capsys.readouterr().out
 
 
 def test_bottom_gives_the_smallest_scores_too(folder, capsys, influence, query):

@@ -564,6 +564,9 @@ def test_segments_are_merged_into_a_file_that_answers(folder, capsys, tmp_path):
     assert 200 < found.attributes["bytes_per_row"] <= 300
     assert "merged by these learning rates" in answer(capsys, "info", str(target))
     assert "sound" in answer(capsys, "verify", str(target))
+    equal = str(tmp_path / "equal.h5")
+    answer(capsys, "merge", "segments.h5", "--to", equal, "--weighting=mean")
+    assert "0 (1), 1 (1), merged equally for" in answer(capsys, "info", equal)
     ask = ["--checkpoint", "segments.ckpt", *ASK[2:], "asking:one_batch", "--k=5", "--json"]
     merge_segments(StoreReader("segments.h5"), tmp_path / "other.h5", bytes_per_example=300)
     one, other = (answer(capsys, "top", str(path), *ask) for path in (target, tmp_path / "other.h5"))

@@ -13,13 +13,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
 
 WAITING_BYTES = 2**27  # of what jobs keep alive; a job that alone takes more waits for all others
-
-
 MOST_THREADS = 8
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -41,7 +40,12 @@ class Background:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning_influence")
         self._jobs: deque[_Job] = deque()
         self._is_stopped = False
+        _watch_forks()
         _ALL.add(self)
+
+    def __reduce__(self) -> tuple[type[Background], tuple[()]]:
+        """A copy, of a trainer's callbacks say, has a thread of its own and nothing to do."""
+        return Background, ()
 
     def submit(self, work: Callable[[], None], *, nbytes: int, check: Callable[[], None]) -> None:
         """Hand a job over; waits while too many bytes are kept alive.
@@ -103,7 +107,7 @@ class Background:
 
     def _wait(self) -> None:
         """Until the thread is idle, whatever becomes of its jobs."""
-        for job in self._jobs:
+        for job in list(self._jobs):  # another thread may fork
             if not job.future.cancelled():
                 job.future.exception()
 
@@ -116,8 +120,11 @@ def _before_fork() -> None:
         background._wait()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
+@cache
+def _watch_forks() -> None:
+    """Wait before whoever has registered earlier: h5py takes its lock then, for which a job may wait."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_before_fork)
 
 
 def side_by_side(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

@@ -104,8 +104,8 @@ class InfluenceCallback(Callback):
         index_key: where in the batch these indices are, if they are part of it.
         num_examples: length of a dataset that does not tell it, such as a stream.
         background: let a second thread make rows while training goes on, of epochs that are merged, on a CPU with
-            at least twice as many cores as torch has threads. A layer's inputs may not be changed after the
-            backward then, which is noticed.
+            at least twice as many cores as torch has threads. If a layer's inputs are changed in place after
+            the backward, which the first batches of an epoch tell, batches are copied for it.
 
     Example::
 

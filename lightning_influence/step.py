@@ -45,6 +45,11 @@ class StepGradients:
         gradients = {n: g.taken() if isinstance(g, LentGradient) else g for n, g in self.gradients.items()}
         return StepGradients(gradients, self.scale)
 
+    def changed_source(self) -> str | None:
+        """A layer whose tensors were changed in place since they were copied; None if there is none."""
+        lent = {n: g for n, g in self.gradients.items() if isinstance(g, LentGradient)}
+        return next((name for name, gradient in lent.items() if not gradient.has_kept_source), None)
+
     def check_lent(self) -> None:
         """After the last look at lent gradients.
 
@@ -211,12 +216,14 @@ class StepCapture:
         names: Collection[str] | None = None,
         kept: Tensor | None = None,
         foreign: Iterable[Tensor] | None = None,
+        copies: bool = False,
     ) -> StepGradients:
         """Gradients of the backwards since the last call, of the layers that they reached; else as `gradients`.
 
         With `reduce`, even an empty one, an example that is not finite in one of these layers is NaN in all, so
         that it enters no layer's sums. With `foreign`, which are tensors that live on, gradients of whole
-        batches are lent: nothing is computed yet, and only what shares memory with these is copied.
+        batches are lent: nothing is computed yet, and only what shares memory with these is copied, or with
+        `copies` everything.
         """
         names = self.layers.keys() if names is None else names
         raw = self._hooks.gradients(names)
@@ -235,7 +242,8 @@ class StepCapture:
         gradients: dict[str, LayerGradient] = {}
         if foreign is not None and kept is None:
             outside = self._hooks.outside() | {tensor.untyped_storage().data_ptr() for tensor in foreign}
-            gradients.update({name: LentGradient.of(g, scale.factor, outside) for name, g in raw.items()})
+            lent = {name: LentGradient.of(g, scale.factor, outside) for name, g in raw.items()}
+            gradients.update({name: g.copied() if copies else g for name, g in lent.items()})
             self.forget_reached()
             return StepGradients(gradients, scale)
         factor, finite = scale.factor, None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
 
+import h5py
 import pytest
 import torch
 
@@ -112,6 +114,33 @@ def test_a_fork_waits_until_the_thread_is_idle(worker):
         os._exit(0 if seen == ["done"] else 1)
     assert os.waitpid(child, 0)[1] == 0
     worker.drain()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_waits_before_h5py_takes_its_lock(worker, tmp_path):
+    def write() -> None:
+        time.sleep(0.1)
+        with h5py.File(tmp_path / "file.h5", "w") as file:
+            file["rows"] = 1
+
+    worker.submit(write, nbytes=1, check=nothing)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    worker.drain()
+    assert (tmp_path / "file.h5").exists()
+
+
+def test_a_copy_has_nothing_to_do_and_a_thread_of_its_own(worker):
+    may_end, seen = threading.Event(), []
+    worker.submit(lambda: may_end.wait(5), nbytes=1, check=nothing)
+    other = copy.deepcopy(worker)
+    other.submit(lambda: seen.append("other"), nbytes=1, check=nothing)
+    other.close()
+    may_end.set()
+    assert seen == ["other"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

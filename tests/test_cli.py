@@ -65,6 +65,10 @@ def batches():
     yield images[:1], labels[:1]
     yield images[1:], labels[1:]
 
+def talking():
+    print("loading")
+    return one_batch()
+
 def nothing():
     return []
 
@@ -379,6 +383,16 @@ def test_top_gives_the_largest_scores_however_queries_are_returned(folder, capsy
         assert [each["step"] for each in entry["top"]] == steps[best].tolist()
 
 
+def test_what_the_users_code_prints_is_no_part_of_the_answer(folder, capsys, tmp_path):
+    arguments = ["influence.h5", *ASK, "asking:talking"]
+    assert main(["top", *arguments, "--k", "1", "--json"]) == 0
+    found = capsys.readouterr()
+    assert len(json.loads(found.out)) == 3
+    assert found.err == "loading\n"
+    assert main(["export", *arguments, "--to", str(tmp_path / "table.npz")]) == 0
+    assert "loading" not in capsys.readouterr().out
+
+
 def test_bottom_gives_the_smallest_scores_too(folder, capsys, influence, query):
     scores = influence.scores(query).numpy()
     arguments = ("top", "influence.h5", *ASK, "asking:one_batch", "--k", "3", "--bottom")
@@ -550,6 +564,9 @@ def test_segments_are_merged_into_a_file_that_answers(folder, capsys, tmp_path):
     assert 200 < found.attributes["bytes_per_row"] <= 300
     assert "merged by these learning rates" in answer(capsys, "info", str(target))
     assert "sound" in answer(capsys, "verify", str(target))
+    equal = str(tmp_path / "equal.h5")
+    answer(capsys, "merge", "segments.h5", "--to", equal, "--weighting=mean")
+    assert "0 (1), 1 (1), merged equally for" in answer(capsys, "info", equal)
     ask = ["--checkpoint", "segments.ckpt", *ASK[2:], "asking:one_batch", "--k=5", "--json"]
     merge_segments(StoreReader("segments.h5"), tmp_path / "other.h5", bytes_per_example=300)
     one, other = (answer(capsys, "top", str(path), *ask) for path in (target, tmp_path / "other.h5"))

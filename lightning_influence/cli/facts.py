@@ -77,6 +77,7 @@ def _segment(store: StoreReader) -> dict[str, Any]:
         "is_whole": attributes.get("is_whole", True),
         "rows": attributes.get("rows", "online"),
         "merged_epochs": _merged_epochs(store),
+        "merged_by": _document(store, "trajectory", {}).get("weighting"),
         "learning_rate": mean_learning_rate(store),
         "weights_sha256": attributes.get("weights_hash_end"),
         "staleness_spearman": attributes.get("staleness_spearman", math.nan),
@@ -170,7 +171,8 @@ def _origin(segment: Mapping[str, Any]) -> str:
         return "by one pass after training, in eval mode, at the final weights"
     if segment["merged_epochs"]:
         epochs = ", ".join(f"{each['epoch']} ({each['weight']:.2g})" for each in segment["merged_epochs"])
-        text = f"epochs {epochs}, merged by these learning rates for the final weights"
+        by = "equally" if segment["merged_by"] == "equal" else "by these learning rates"
+        text = f"epochs {epochs}, merged {by} for the final weights"
     elif segment["epoch"] is None:
         text = "it is not known when"
     else:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -84,6 +85,14 @@ def verify(options: Namespace) -> int:
 
 def top(options: Namespace) -> int:
     """Print the examples with the largest, and the smallest, scores of each query."""
+    with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+        queries = _ranked(options)
+    _print(queries, tables.queries_text(queries), options.json)
+    return 0
+
+
+def _ranked(options: Namespace) -> list[dict[str, Any]]:
+    """The records of each query."""
     asked = loading.asked(options) | loading.measured(options)
     influence = loading.load_influence(options)
     asked |= loading.asked_subset(options, influence.store)
@@ -100,8 +109,7 @@ def top(options: Namespace) -> int:
             for end, (indices, scores) in found.items():
                 entry[end] = tables.records(influence.store, indices[row], score=scores[row])
             queries.append(entry)
-    _print(queries, tables.queries_text(queries), options.json)
-    return 0
+    return queries
 
 
 def _valid_rows(store: StoreReader, subset: np.ndarray | None) -> int:
@@ -126,6 +134,14 @@ def self_influence(options: Namespace) -> int:
 def export(options: Namespace) -> int:
     """Write every example's columns and self-influence, and scores if there are queries, to a table."""
     write = tables.writer_to(options.to, options.file)
+    with redirect_stdout(sys.stderr):
+        columns, scores = _exported(options)
+    print(write(columns, scores))
+    return 0
+
+
+def _exported(options: Namespace) -> tuple[dict[str, np.ndarray], list[np.ndarray] | None]:
+    """The columns of all examples, and scores [N] of each query if there are any."""
     asked = loading.asked(options)
     scores: list[np.ndarray] | None = None
     if not (options.checkpoint or options.model or options.data or options.measurement):
@@ -140,8 +156,7 @@ def export(options: Namespace) -> int:
                 tables.check_scores(len(scores), row)
                 scores.append(row.numpy())
     columns = example_columns(store) | {"self_influence": examples.self_influence_of(store, asked)[1].numpy()}
-    print(write(columns, scores))
-    return 0
+    return columns, scores
 
 
 def merge(options: Namespace) -> int:

@@ -18,11 +18,13 @@ class LentGradient(LayerGradient):
         raw: as back-propagated; its tensors may be the model's own.
         factor: what they are to be multiplied with, shape [] or [n].
         versions: of the tensors, which grow with every change in place.
+        source: what this is a copy of, for whoever wants to know whether that stays as it is.
     """
 
     raw: LayerGradient
     factor: Tensor
     versions: tuple[int, ...]
+    source: LentGradient | None = None
 
     @classmethod
     def of(cls, raw: LayerGradient, factor: Tensor, outside: Set[int]) -> LentGradient:
@@ -37,6 +39,19 @@ class LentGradient(LayerGradient):
         if any(_address(tensor) in outside for tensor in tensors):
             raw = raw.with_tensors([t.clone() if _address(t) in outside else t for t in tensors])
         return cls(raw, factor, tuple(tensor._version for tensor in raw.tensors))
+
+    def copied(self) -> LentGradient:
+        """The same of a copy, whatever becomes of the model's memory."""
+        raw = self.raw.with_tensors([tensor.clone() for tensor in self.raw.tensors])
+        return LentGradient(raw, self.factor, tuple(tensor._version for tensor in raw.tensors), self)
+
+    @property
+    def has_kept_source(self) -> bool:
+        """Whether that which this is a copy of is still the same; not every change in place is counted."""
+        if self.source is None:
+            return True
+        pairs = zip(self.raw.tensors, self.source.raw.tensors, strict=True)
+        return self.source.is_intact and all(_are_same(*pair) for pair in pairs)
 
     @property
     def is_intact(self) -> bool:
@@ -73,6 +88,10 @@ class LentGradient(LayerGradient):
     def projections(self, U: Tensor, V: Tensor) -> Tensor:
         """Never."""
         raise TypeError("Lent gradients can only be taken.")
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | (one != one)).all())  # NaN was NaN
 
 
 def _address(tensor: Tensor) -> int:

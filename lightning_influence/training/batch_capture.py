@@ -53,7 +53,8 @@ class Wanted:
         labels: what takes gradients under labels of the model's own, a pass at a time; None: they are not wanted,
             or to be kept.
         keeps_labels: whether the batch is to have them.
-        lends: whether gradients may refer to the model's own memory, as nothing is computed yet.
+        lends: whether nothing is computed yet, and gradients may refer to the model's own memory.
+        copies: whether they refer to a copy of it all the same.
     """
 
     reduce: Mapping[str, Callable[[LayerGradient], LayerGradient]]
@@ -61,12 +62,13 @@ class Wanted:
     labels: Callable[[Mapping[str, LayerGradient]], None] | None = None
     keeps_labels: bool = False
     lends: bool = False
+    copies: bool = False
 
     @classmethod
-    def of_rows(cls, recorder: Recorder, *, lends: bool) -> Wanted:
+    def of_rows(cls, recorder: Recorder, *, lends: bool, copies: bool) -> Wanted:
         """Of a batch whose rows are recorded."""
         reduce = {name: partial(recorder.reduce, name) for name in recorder.reduced_layers}
-        return cls(reduce, labels=recorder.label_sink, lends=lends)
+        return cls(reduce, labels=recorder.label_sink, lends=lends, copies=copies)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class BatchCapture:
         time: that training took, in learning rates.
         first_batch: a copy of the first batch, for whoever wants to ask about it.
         first_size: number of its rows.
+        changes_memory: whether the model was seen to change in place what it has computed for an earlier step.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class BatchCapture:
         self.time = TrainingTime(trainer)
         self.first_batch: Any = None
         self.first_size = 0
+        self.changes_memory = False
         self._sizes: Sequence[int] = ()
         self._is_armed = False
         self._rows: np.ndarray | None = None
@@ -316,6 +320,7 @@ class BatchCapture:
             names=wanted.names,
             kept=None if kept.all() else torch.from_numpy(kept),
             foreign=self._grads() if wanted.lends else None,
+            copies=wanted.copies,
         )
         self._leave_out([n for n in part.gradients if any(n in other.gradients for other in self._parts)])
         self._parts.append(part)

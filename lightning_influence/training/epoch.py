@@ -18,6 +18,7 @@ from lightning_influence.functional.kronecker import Eigenbasis
 from lightning_influence.functional.weights import weights_hash
 from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
+from lightning_influence.step import StepGradients
 from lightning_influence.training import report
 from lightning_influence.training.batch_capture import BatchCapture, CapturedBatch, Wanted
 from lightning_influence.training.fisher_report import LabelCost, fisher_attributes, fisher_document, report_labels
@@ -28,6 +29,8 @@ from lightning_influence.training.penalties import describe_penalties
 from lightning_influence.training.staleness import Agreement, StalenessProbe
 from lightning_influence.training.surroundings import LayerRates, backpropagated_factor
 from lightning_influence.training.tracking import LayerTracking
+
+TRIED_BATCHES = 4  # of an epoch, that are copied to see whether the model changes what it has computed
 
 
 class EpochCapture:
@@ -51,7 +54,10 @@ class EpochCapture:
         self.recorder: Recorder | None = None
         trainer, model, layers = captured.trainer, captured.model, captured.tracking.layers
         self._trainer, self._model, self._options, self._processes = trainer, model, options, processes
+        self._batch_capture = captured
         self._time, self._background = captured.time, captured.background
+        self._copied = 0  # batches
+        self._last_copied: StepGradients | None = None
         self._scales: list[Tensor] = []  # of steps, how an example's own loss is to its part in the trained one
         self._backpropagated = 1.0
         self._staleness = StalenessProbe()
@@ -95,6 +101,21 @@ class EpochCapture:
             assert self._background is not None
             step = batch.step
             self._background.submit(partial(self._record, batch), nbytes=step.nbytes, check=step.check_lent)
+            self._try(step)
+
+    def _try(self, step: StepGradients) -> None:
+        """Copy all batches from now on if the last copied one's memory was changed, during a whole step since."""
+        last, self._last_copied = self._last_copied, step if self._copies else None
+        self._copied += self._copies
+        changed = None if last is None or self._batch_capture.changes_memory else last.changed_source()
+        if changed is not None:
+            self._batch_capture.changes_memory = True
+            report.say_what_is_copied(changed)
+
+    @property
+    def _copies(self) -> bool:
+        """Whether a batch is recorded of a copy."""
+        return self._batch_capture.changes_memory or self._copied < TRIED_BATCHES
 
     def _record(self, batch: CapturedBatch) -> None:
         assert self.recorder is not None
@@ -117,7 +138,7 @@ class EpochCapture:
     def wanted(self) -> Wanted:
         """Of the batch that is being captured."""
         assert self.recorder is not None
-        return Wanted.of_rows(self.recorder, lends=self._hands_over)
+        return Wanted.of_rows(self.recorder, lends=self._hands_over, copies=self._copies)
 
     def settle(self) -> None:
         """Wait until all batches are recorded; before anybody looks at the recorder."""

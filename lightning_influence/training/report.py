@@ -60,6 +60,14 @@ def say_who_makes_rows(has_core: bool) -> None:
     )
 
 
+def say_what_is_copied(layer: str) -> None:
+    """Of a model that changes what the second thread would read."""
+    rank_zero_info(
+        f"InfluenceCallback: the input or output gradient of layer {layer!r} is changed in place after the "
+        "backward, so batches are copied for the second thread"
+    )
+
+
 def report_file(
     trainer: Trainer,
     path: Path,

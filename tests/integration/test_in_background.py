@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from lightning_influence.background import Background
 from lightning_influence.errors import LayerError
 from lightning_influence.recorder import Recorder
 from lightning_influence.store import StoreReader
-from lightning_influence.training import batch_capture
+from lightning_influence.training import batch_capture, epoch
 from tests.integration.lifecycle_models import BATCH, FEATURES, dataset, fit, loader
 from tests.integration.models import stored_gradients
 from tests.integration.test_trajectory import EPOCHS, Breaking, Convolutional, Decaying, train
@@ -124,12 +126,12 @@ def test_workers_of_a_dataloader_are_forked_beside_it(tmp_path, jobs):
 # --- failures ----------------------------------------------------------------------------------------
 
 
-def failing_update(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+def failing_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     original = Recorder.update
 
     def update(self: Recorder, *args: Any, **options: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
-        if self.writer.segment == epoch:
+        if self.writer.segment == number:
             raise OSError("no space left on device")
         original(self, *args, **options)
 
@@ -137,7 +139,7 @@ def failing_update(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
 
 
 def test_an_error_of_the_thread_ends_capture_and_not_training(tmp_path, monkeypatch):
-    failing_update(monkeypatch, epoch=2)
+    failing_update(monkeypatch, number=2)
     model, alone = Decaying(), Decaying()
     with pytest.warns(UserWarning, match="training goes on. OSError: no space left"):
         path = train(tmp_path / "run", model, influence={"on_error": "warn"})
@@ -150,7 +152,7 @@ def test_an_error_of_the_thread_ends_capture_and_not_training(tmp_path, monkeypa
 
 
 def test_an_error_of_the_thread_ends_training_if_that_was_asked_for(tmp_path, monkeypatch):
-    failing_update(monkeypatch, epoch=1)
+    failing_update(monkeypatch, number=1)
     with pytest.raises(OSError, match="no space left"):
         train(tmp_path, Decaying())
     assert not threads_of_ours()
@@ -165,7 +167,11 @@ def test_an_exception_in_training_leaves_the_whole_epochs_and_no_thread(tmp_path
 
 
 class Scribbling(Decaying):
-    """Changes what it has computed when the step is over."""
+    """Changes what it has computed when the step is over, from a given one on."""
+
+    def __init__(self, scribble: Callable[[Tensor], Any], begins: int = 0) -> None:
+        super().__init__()
+        self.scribble, self.begins = scribble, begins
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -173,16 +179,61 @@ class Scribbling(Decaying):
         return F.cross_entropy(self.layers[2](self.hidden), y)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.hidden.detach().fill_(0)
+        if self.global_step > self.begins:
+            self.scribble(self.hidden)
 
 
-def test_activations_that_change_while_they_are_recorded_are_refused(tmp_path):
-    with pytest.raises(LayerError, match=r"'layers.2': its input .* changed in place .* `background=False`"):
-        train(tmp_path / "behind", Scribbling())
-    path = train(tmp_path / "alone", Scribbling(), influence={"background": False})
+class Remembering(Decaying):
+    """Keeps activations in a buffer that the next step writes again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(BATCH, 5))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.memory = self.memory.detach()
+        self.memory[: len(x)] = self.layers[:2](x)
+        return F.cross_entropy(self.layers[2](self.memory[: len(x)]), y)
+
+
+CHANGES: dict[str, Callable[[], Decaying]] = {
+    "in place": lambda: Scribbling(lambda hidden: hidden.detach().fill_(0)),
+    "uncounted": lambda: Scribbling(lambda hidden: hidden.data.fill_(0)),
+    "of another library": lambda: Scribbling(lambda hidden: hidden.detach().numpy().fill(0)),
+    "by the next step": Remembering,
+}
+
+
+@pytest.mark.parametrize("make", CHANGES.values(), ids=CHANGES)
+def test_activations_that_change_while_they_are_recorded_are_copied(tmp_path, jobs, caplog, make):
+    with caplog.at_level("INFO"):
+        path = train(tmp_path / "behind", make())
+    assert jobs
+    assert caplog.text.count("layer 'layers.2' is changed in place after the backward") == 1
     expected = stored_gradients(train(tmp_path / "still", Decaying()))
     for name, rows in stored_gradients(path).items():
         torch.testing.assert_close(rows, expected[name], rtol=0, atol=0.02 * float(expected[name].abs().max()))
+
+
+def test_activations_that_change_later_than_was_looked_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(epoch, "TRIED_BATCHES", 0)
+    with pytest.raises(LayerError, match=r"'layers.2': its input .* changed in place .* `background=False`"):
+        train(tmp_path / "behind", Scribbling(lambda hidden: hidden.detach().fill_(0), begins=4))
+    assert merged(tmp_path / "behind" / "influence.h5") == [0]
+
+
+class Copying(Callback):
+    """Copies the trainer with all its callbacks."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        copy.deepcopy(trainer)
+
+
+def test_a_trainer_is_copied_beside_it(tmp_path, jobs):
+    train(tmp_path, Decaying(), loader(), Copying(), max_epochs=2)
+    assert jobs
+    assert not threads_of_ours()
 
 
 # --- where there is no second thread -----------------------------------------------------------------

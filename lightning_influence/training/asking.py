@@ -316,4 +316,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def _usable_in_autograd(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+    if tensor.is_inference():
+        return tensor.clone()
+    # a leaf of ours, so that the backward leaves nothing in the user's `.grad`
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor

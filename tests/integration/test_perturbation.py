@@ -181,3 +181,10 @@ def test_a_batch_of_another_kind_of_mapping_is_moved(tmp_path: Path) -> None:
     found, expected = (influence.perturbation(batch, each, inputs="x") for each in (odd, batch))
     assert torch.equal(found, expected)
     assert odd["x"] is batch["x"]
+
+
+def test_a_batch_without_examples_is_refused(influence: InfluenceModule) -> None:
+    for queries, chosen in ((examples(0), examples(2)), (examples(2), examples(0))):
+        for ask in (influence.scores_of, influence.perturbation):
+            with pytest.raises(QueryError, match="holds no example"):
+                ask(queries, chosen)

@@ -37,6 +37,7 @@ from lightning_influence.metrics import (
     bootstrap_rank_correlations,
     linear_datamodeling_score,
     split_half_reliability,
+    standard_errors,
     subset_predictions,
 )
 
@@ -85,7 +86,7 @@ class Retraining:
             num_bootstraps=num_bootstraps,
             seed=seed,
         )
-        return float(score), float(drawn.std())
+        return float(score), float(standard_errors(drawn[0]))
 
 
 def random_subsets(num_examples: int, number: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -130,9 +131,10 @@ def retrain_subsets(
     """Train a model on each of many subsets, with each of several seeds, and measure it.
 
     A seed makes the first weights, the order of examples and all else that torch, NumPy or Python draw, the same
-    for all subsets, so differences are paired. Where the model allows, many models are trained as one (`torch.func.vmap`); where it does not (dropout,
-    normalizations with running statistics, optimizers that mix parameters), one after the other, and a line in the
-    log says why. Both give the same models up to rounding, which training may amplify.
+    for all subsets, so differences are paired. Where the model allows, many models are trained as one
+    (`torch.func.vmap`); where it does not (dropout, normalizations with running statistics, optimizers that mix
+    parameters), one after the other, and a line in the log says why. Both give the same models up to rounding,
+    which training may amplify.
 
     Args:
         make_model: makes a model from torch's own random numbers, on its device. Called once a training.
@@ -142,8 +144,8 @@ def retrain_subsets(
         measure: `measure(model) -> [q]`, of the trained model in eval mode, such as queries' log-likelihoods.
         seeds: how many, or which.
         cache: a file to keep what was measured, of one process at a time. It is taken up where it stopped, and
-            further subsets and seeds are added to it. Of a function `train`, it knows the name, a partial's numbers
-            and strings, and a few examples only: delete it when you change the function's body.
+            further subsets and seeds are added to it. Of a function `train`, it knows its name, a partial's
+            numbers and strings, and a few examples only: delete it when you change the function's body.
         models_at_once: how many are trained as one, at most.
         progress: whether to show a bar, if the terminal can.
 

@@ -82,7 +82,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Random numbers of torch, NumPy and Python come from the seed; their generators are left as they were."""
     with kept_random_states():
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 (the generator that users' code may draw from)
+        np.random.seed(seed % 2**32)
         random.seed(seed)
         yield
 

@@ -152,7 +152,7 @@ def test_a_damaged_file_is_refused(content: bytes, tmp_path: Path) -> None:
 
 def moved(model: nn.Module, subset: Subset, seed: int, *, by: float = 0.1) -> None:
     with torch.no_grad():
-        next(model.parameters()).add_(by * float(np.random.randn()))  # noqa: NPY002
+        next(model.parameters()).add_(by * float(np.random.randn()))
 
 
 def test_of_a_function_arguments_and_examples_are_known(tmp_path: Path) -> None:
@@ -187,12 +187,12 @@ def test_a_file_of_augmented_data_is_taken_up(tmp_path: Path) -> None:
 
 
 def test_all_random_numbers_belong_to_the_seed(tmp_path: Path) -> None:
-    np.random.seed(3)  # noqa: NPY002
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy()
     with torch.inference_mode():
         one, two = (retrained(SUBSETS[:2], train=moved) for _ in range(2))
         trained = retrained(SUBSETS[:2])
     assert torch.equal(one.outputs, two.outputs)
     assert not torch.equal(one.outputs[:, 0], one.outputs[:, 1])
     assert torch.equal(trained.outputs, retrained(SUBSETS[:2]).outputs)
-    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], before)

@@ -80,8 +80,8 @@ def remove_top_k(scores: Tensor, removed: Sequence[int], *, retrain: Callable[[T
     if bool((scored < removed[-1]).any()):
         query = int(scored.argmin())
         raise ValueError(
-            f"`removed` asks for {removed[-1]} examples, but query {query} has {int(scored[query])} scores that are "
-            "not NaN; remove fewer, or leave the query out."
+            f"`removed` asks for {removed[-1]} examples, but query {query} has {int(scored[query])} scores that "
+            "are not NaN; remove fewer, or leave the query out."
         )
     known_first = scores.cpu().isnan().to(torch.uint8).argsort(dim=1, stable=True)
     numbers = scores.cpu().nan_to_num(nan=-torch.inf).gather(1, known_first)

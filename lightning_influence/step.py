@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -96,6 +96,7 @@ class _Eager:
 
 
 _EAGER = _Eager()  # the stance belongs to the process, and so does this
+_ACTIVE: list[StepCapture] = []  # of all callbacks: their hooks sit on the same layers
 
 
 class StepCapture:
@@ -121,6 +122,8 @@ class StepCapture:
             entered.enter_context(self._hooks)
             if self.loss == "auto":
                 entered.enter_context(self._tap)
+            _ACTIVE.append(self)
+            entered.callback(_ACTIVE.remove, self)
             self._active = entered.pop_all()
         return self
 
@@ -139,6 +142,18 @@ class StepCapture:
     def set_open(self, is_open: bool) -> None:
         """Whether gradients that flow now belong to the step; True on entering."""
         self._hooks.is_open = self._tap.is_open = is_open
+
+    @contextmanager
+    def closed_to_others(self) -> Iterator[None]:
+        """Gradients that flow within are this capture's alone, and not those of another callback's."""
+        others = [(other, other.hooks.is_open) for other in _ACTIVE if other is not self]
+        try:
+            for other, _ in others:
+                other.set_open(False)
+            yield
+        finally:
+            for other, was_open in others:
+                other.set_open(was_open)
 
     @property
     def hooks(self) -> GradientCapture:

@@ -59,7 +59,8 @@ def remove_top_k(scores: Tensor, removed: Sequence[int], *, retrain: Callable[[T
         The margins of each query, and how many predictions flip.
 
     Raises:
-        ValueError: if shapes do not fit, or the numbers are not increasing.
+        ValueError: if shapes do not fit, the numbers are not increasing, or a query has fewer scores than are to
+            be removed.
 
     Example:
         >>> def retrain(subsets):  # a model whose margin is the number of its examples, minus 8
@@ -75,7 +76,16 @@ def remove_top_k(scores: Tensor, removed: Sequence[int], *, retrain: Callable[[T
         raise ValueError(
             f"`removed` must be increasing numbers from 1 to {num_examples - 1}, got {list(removed)}."
         )
-    order = scores.cpu().nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
+    scored = (~scores.isnan()).sum(1)
+    if bool((scored < removed[-1]).any()):
+        query = int(scored.argmin())
+        raise ValueError(
+            f"`removed` asks for {removed[-1]} examples, but query {query} has {int(scored[query])} scores that "
+            "are not NaN; remove fewer, or leave the query out."
+        )
+    known_first = scores.cpu().isnan().to(torch.uint8).argsort(dim=1, stable=True)
+    numbers = scores.cpu().nan_to_num(nan=-torch.inf).gather(1, known_first)
+    order = known_first.gather(1, numbers.argsort(dim=1, descending=True, stable=True))
     subsets = torch.ones(1 + num_queries * len(removed), num_examples, dtype=torch.bool)  # the first one is whole
     for row, (query, count) in enumerate(_rows(num_queries, removed), start=1):
         subsets[row, order[query, :count]] = False

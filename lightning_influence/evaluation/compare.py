@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.metrics import rank_correlations, row_correlations
+
 SMALLEST_COUNT = 3  # of examples that a correlation is made of
 
 
@@ -25,7 +27,7 @@ class Agreement:
         spearman_error: likewise.
         pooled: Pearson's correlation over all pairs of query and example at once.
         slope: of the line through 0 that predicts the reference by the scores; 1 if they have its size.
-        queries: how many entered the means.
+        queries: how many entered the means: those whose reference has an order. Scores without one count as 0.
         pairs: of query and example that have both numbers.
     """
 
@@ -63,8 +65,15 @@ class Comparison:
         return "\n".join([head, *(_line(row, method, reference) for row in self.rows)])
 
     def __getitem__(self, names: tuple[str, str]) -> Agreement:
-        """The agreement of (scores, reference)."""
-        return next(row for row in self.rows if (row.method, row.reference) == names)
+        """The agreement of (scores, reference).
+
+        Raises:
+            KeyError: if there is none.
+        """
+        found = {(row.method, row.reference): row for row in self.rows}
+        if names not in found:
+            raise KeyError(f"no agreement of {names}; there are {', '.join(map(str, found))}")
+        return found[names]
 
 
 def compare(scores: Tensor | Mapping[str, Tensor], references: Mapping[str, Tensor]) -> Comparison:
@@ -107,11 +116,11 @@ def compare(scores: Tensor | Mapping[str, Tensor], references: Mapping[str, Tens
 def _agreement(method: str, reference: str, a: Tensor, b: Tensor) -> Agreement:
     has_both = a.isfinite() & b.isfinite()
     pairs = [(x[known], y[known]) for x, y, known in zip(a, b, has_both, strict=True)]
-    pairs = [(x, y) for x, y in pairs if len(x) >= SMALLEST_COUNT and _varies(x) and _varies(y)]
-    linear = [_pearson(x, y) for x, y in pairs]
-    ranked = [_pearson(_ranks(x), _ranks(y)) for x, y in pairs]
+    pairs = [(x, y) for x, y in pairs if len(x) >= SMALLEST_COUNT and _varies(y)]
+    linear = [float(row_correlations(x, y)) for x, y in pairs]
+    ranked = [float(rank_correlations(x, y)) for x, y in pairs]
     x, y = a[has_both], b[has_both]
-    pooled = _pearson(x, y) if len(x) >= SMALLEST_COUNT and _varies(x) and _varies(y) else math.nan
+    pooled = float(row_correlations(x, y)) if len(x) >= SMALLEST_COUNT else math.nan
     slope = float((x * y).sum() / (x * x).sum()) if bool(x.any()) else math.nan
     (pearson, pearson_error), (spearman, spearman_error) = _mean(linear), _mean(ranked)
     return Agreement(
@@ -130,17 +139,6 @@ def _agreement(method: str, reference: str, a: Tensor, b: Tensor) -> Agreement:
 
 def _varies(x: Tensor) -> bool:
     return bool((x != x[0]).any())
-
-
-def _pearson(x: Tensor, y: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """Ranks with ties at their mean."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _mean(values: list[float]) -> tuple[float, float]:

@@ -48,22 +48,29 @@ def leave_one_out(
         gradient that is left over the first one, and a run counts as converged up to 1e-3.
 
     Raises:
-        ValueError: if an index is not of the dataset.
+        ValueError: if an index is not an integer of the dataset, or `steps` is not positive.
     """
+    if steps < 1:
+        raise ValueError(f"`steps` must be positive, got {steps}.")
     objective = Objective(model, loss, dtype=dtype)
     batches = objective.batches(loader, "loader")
     count = sum(batch.size for batch in batches)
-    chosen = torch.as_tensor(indices, dtype=torch.int64).cpu()
-    if chosen.ndim != 1 or not len(chosen) or not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
+    chosen = torch.as_tensor(indices).cpu()
+    is_integer = not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+    is_list = is_integer and chosen.ndim == 1 and len(chosen) > 0
+    if not is_list or not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
         raise ValueError(f"`indices` must be a list of dataset indices in 0..{count - 1}, got {chosen.tolist()}.")
+    chosen = chosen.long()
     weights = torch.ones(len(chosen) + 1, count)
     weights[torch.arange(len(chosen)), chosen] = 0  # the last row is the run with all
     weights = weights.to(objective.parameters) / count
     found, residual = _train(objective, batches, weights, weight_decay, steps, learning_rate)
     residual = residual[:-1]
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"Weights are not finite after {steps} steps; lower `learning_rate`, {learning_rate}.")
     iterations = torch.full((len(chosen),), steps)
     return Responses(
-        objective, found[:-1], found[-1], -1 / count, SolveInfo(iterations, residual <= 1e-3, residual)
+        objective, found[:-1], found[-1], -1 / count, SolveInfo(iterations, residual <= CONVERGED, residual)
     )
 
 

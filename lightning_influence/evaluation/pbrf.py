@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_influence.evaluation.descent import minimize_rows
 from lightning_influence.evaluation.responses import CHUNK_ROWS, Responses
@@ -80,8 +80,8 @@ def pbrf(
         The responses; `scores(queries)` of them compares with influence scores.
 
     Raises:
-        ValueError, TypeError: if the loader shuffles, `damping` leaves a parameter out, or a model returns more
-            than a tensor.
+        ValueError, TypeError: if the loader shuffles, there is no example, `damping` leaves a parameter out, the
+            loss is not convex, or a model returns more than a tensor.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -92,6 +92,8 @@ def pbrf(
         >>> responses.scores([(x, x)]).shape, responses.info.converged.tolist()
         (torch.Size([2, 2]), [True, True])
     """
+    if not any(leaf.numel() for leaf in tree_leaves(examples) if isinstance(leaf, Tensor)):
+        raise ValueError("`examples` must hold at least one example, a pair of tensors (inputs, targets).")
     objective = Objective(model, loss, dtype=dtype)
     batches = objective.batches(loader, "loader")
     (chosen,) = objective.batches([examples], "examples")
@@ -196,7 +198,12 @@ class Proximal:
             return operator.roughly_solved
         matrix = operator.dense()
         jitter = torch.finfo(matrix.dtype).eps * matrix.diagonal().mean() * operator.size
-        factor = torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix)).to(matrix))
+        factor, failure = torch.linalg.cholesky_ex(matrix + jitter * torch.eye(len(matrix)).to(matrix))
+        if int(failure):
+            raise ValueError(
+                "The Gauss-Newton matrix plus `damping` is not positive; raise `damping`, or pass a `loss` that "
+                "is convex in the outputs."
+            )
         return lambda vectors: torch.cholesky_solve(vectors.T, factor).T
 
     def _mapped(self, function: Any) -> Any:

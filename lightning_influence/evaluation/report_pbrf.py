@@ -29,6 +29,7 @@ GRADIENTS = 80  # that a response takes, as a guess for the plan; in float64 one
 LEAST = 64
 BATCH = 512  # examples at a time
 RTOL, MAXITER = 1e-2, 150
+MOST_LEFT = 0.5  # of the first gradient, with which a response is still one
 QUESTION = "Do scores predict what the model does if one example weighs less?"
 
 
@@ -115,6 +116,9 @@ def _answer(subject: Subject, used: Sample, chosen: np.ndarray, responses: Tenso
     )
     if residual > 2 * RTOL:
         answer += f" The responses did not converge (gradient left: {residual:.2g} of the first)."
+    if residual > MOST_LEFT:
+        answer += " So this says nothing of the scores; with more damping they would converge."
+        return Check("pbrf", QUESTION, answer, figures)
     if value < FAIR:
         answer += " Few examples make this figure rough; see gauss-newton for what the difference is made of."
     return Check("pbrf", QUESTION, answer, figures, value)

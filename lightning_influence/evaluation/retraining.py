@@ -6,7 +6,6 @@ well scores predict it (`metrics.linear_datamodeling_score`, Park et al. 2023, a
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import defaultdict
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from lightning_influence.evaluation.retraining_cache import RetrainingCache
+from lightning_influence.evaluation.retraining_identity import identity_of
 from lightning_influence.evaluation.retraining_recipe import (
     MakeModel,
     Measure,
@@ -29,6 +28,7 @@ from lightning_influence.evaluation.retraining_recipe import (
     measured,
     pick,
     read_whole,
+    seeded,
     seeded_model,
     train_alone,
 )
@@ -37,6 +37,7 @@ from lightning_influence.metrics import (
     bootstrap_rank_correlations,
     linear_datamodeling_score,
     split_half_reliability,
+    standard_errors,
     subset_predictions,
 )
 
@@ -85,7 +86,7 @@ class Retraining:
             num_bootstraps=num_bootstraps,
             seed=seed,
         )
-        return float(score), float(drawn.std())
+        return float(score), float(standard_errors(drawn[0]))
 
 
 def random_subsets(num_examples: int, number: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -114,6 +115,7 @@ def random_subsets(num_examples: int, number: int, *, fraction: float = 0.5, see
     return masks
 
 
+@torch.inference_mode(False)
 def retrain_subsets(
     make_model: MakeModel,
     dataset: Dataset[Any],
@@ -128,10 +130,11 @@ def retrain_subsets(
 ) -> Retraining:
     """Train a model on each of many subsets, with each of several seeds, and measure it.
 
-    A seed makes the first weights and the order of examples, the same for all subsets, so differences are
-    paired. Where the model allows, many models are trained as one (`torch.func.vmap`); where it does not (dropout,
-    normalizations with running statistics, optimizers that mix parameters), one after the other, and a line in the
-    log says why. Both give the same models up to rounding, which training may amplify.
+    A seed makes the first weights, the order of examples and all else that torch, NumPy or Python draw, the same
+    for all subsets, so differences are paired. Where the model allows, many models are trained as one
+    (`torch.func.vmap`); where it does not (dropout, normalizations with running statistics, optimizers that mix
+    parameters), one after the other, and a line in the log says why. Both give the same models up to rounding,
+    which training may amplify.
 
     Args:
         make_model: makes a model from torch's own random numbers, on its device. Called once a training.
@@ -141,7 +144,8 @@ def retrain_subsets(
         measure: `measure(model) -> [q]`, of the trained model in eval mode, such as queries' log-likelihoods.
         seeds: how many, or which.
         cache: a file to keep what was measured, of one process at a time. It is taken up where it stopped, and
-            further subsets and seeds are added to it.
+            further subsets and seeds are added to it. Of a function `train`, it knows its name, a partial's
+            numbers and strings, and a few examples only: delete it when you change the function's body.
         models_at_once: how many are trained as one, at most.
         progress: whether to show a bar, if the terminal can.
 
@@ -217,18 +221,7 @@ class _Trainer:
 
     def identity(self) -> dict[str, str]:
         """All that can be said in words of what is trained."""
-        said = {"dataset": f"{len(self.dataset)} examples", "model": str(self.untrained)}  # type: ignore[arg-type]
-        if not isinstance(self.train, Recipe):
-            name = getattr(self.train, "__qualname__", type(self.train).__qualname__)
-            return {**said, "train": name}
-        recipe = self.train
-        optimizer = recipe.optimizer(list(self.untrained.parameters()))
-        schedule = None if recipe.scheduler is None else getattr(recipe.scheduler, "__qualname__", "a schedule")
-        said["recipe"] = f"{recipe.epochs} epochs, {recipe.batch_size} a batch, {optimizer}, {schedule}"
-        digest = hashlib.sha256()
-        for leaf in tree_leaves(self.data):
-            digest.update(leaf.cpu().contiguous().numpy().tobytes())
-        return {**said, "data": digest.hexdigest()}
+        return identity_of(self.train, self.untrained, self.dataset, self.data)
 
     def probe(self) -> Tensor:
         """What the untrained model says, and its loss on the first examples, [p]."""
@@ -236,8 +229,7 @@ class _Trainer:
         if not isinstance(self.train, Recipe):
             return said
         first = torch.arange(min(self.train.batch_size, len(self.dataset)))  # type: ignore[arg-type]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), seeded(0):
             loss = self.train.loss(self.untrained, pick(self.data, first.to(device_of(self.untrained))))
         if loss.ndim:
             raise ValueError(f"`loss` must return a scalar, the mean over the batch, got {list(loss.shape)}.")
@@ -257,8 +249,7 @@ class _Trainer:
         if isinstance(self.train, Recipe):
             train_alone(model, self.train, self.data, mask, seed)
             return model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed), torch.enable_grad():
             self.train(model, Subset(self.dataset, mask.nonzero()[:, 0].tolist()), seed)
         return model
 

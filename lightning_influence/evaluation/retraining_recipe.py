@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
+
+from lightning_influence.training.asking import kept_random_states
 
 MakeModel = Callable[[], nn.Module]
 Measure = Callable[[nn.Module], Tensor]
@@ -72,10 +77,19 @@ class Recipe:
         return self.scheduler(optimizer, self.num_steps(num_examples)).step
 
 
-def seeded_model(make_model: MakeModel, seed: int) -> nn.Module:
-    """A new model whose first weights come from the seed; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch, NumPy and Python come from the seed; their generators are left as they were."""
+    with kept_random_states():
         torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
+
+
+def seeded_model(make_model: MakeModel, seed: int) -> nn.Module:
+    """A new model whose first weights come from the seed."""
+    with seeded(seed):
         return make_model()
 
 
@@ -116,8 +130,7 @@ def train_alone(
     model.train()
     optimizer = recipe.optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
     after_step = recipe.schedule(optimizer, int(chosen.sum()))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)  # of dropout and the like
+    with seeded(seed), torch.enable_grad():  # of dropout and the like
         for indices in itertools.islice(recipe.batches(chosen, seed), max_steps):
             optimizer.zero_grad()
             recipe.loss(model, pick(data, indices.to(device_of(model)))).backward()

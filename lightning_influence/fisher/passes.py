@@ -68,7 +68,8 @@ class LabelPasses:
         """
         self._waiting, self._reached, self._scale = [], set(), scale
         capture.set_open(False)
-        with torch._C.DisableTorchFunction():  # what we do here is not for the loss tap to look at
+        # what we do here is not for loss taps to look at, ours or another callback's
+        with capture.closed_to_others(), torch._C.DisableTorchFunction():
             self._run(capture, loss, n, after_pass)
 
     def _run(self, capture: StepCapture, loss: Tensor, n: int, after_pass: Callable[[], None] | None) -> None:

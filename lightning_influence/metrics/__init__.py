@@ -8,6 +8,7 @@ from lightning_influence.metrics.linear_datamodeling import (
     bootstrap_rank_correlations,
     linear_datamodeling_score,
     split_half_reliability,
+    standard_errors,
     subset_predictions,
 )
 from lightning_influence.metrics.ranks import (
@@ -55,5 +56,6 @@ __all__ = [
     "recall_at_k",
     "row_correlations",
     "split_half_reliability",
+    "standard_errors",
     "subset_predictions",
 ]

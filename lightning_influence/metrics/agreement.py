@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
+
+from lightning_influence.metrics.checks import check_shape
+from lightning_influence.metrics.ranks import rank_correlations
 
 
 def mean_rank_correlation(scores: Tensor, reference: Tensor) -> float:
@@ -15,7 +17,11 @@ def mean_rank_correlation(scores: Tensor, reference: Tensor) -> float:
 
     Returns:
         Between -1 and 1. A query whose scores are all equal in both (its gradient is zero) has no order
-        and does not count; NaN if that leaves none.
+        and does not count, one that has in one of them only counts as 0. NaN if that leaves none, or a score
+        is NaN.
+
+    Raises:
+        ValueError: if shapes differ.
 
     Example:
         >>> import torch
@@ -23,8 +29,9 @@ def mean_rank_correlation(scores: Tensor, reference: Tensor) -> float:
         >>> round(mean_rank_correlation(scores, scores.exp()), 4)
         1.0
     """
-    has_order = (scores != scores[:, :1]).any(1) | (reference != reference[:, :1]).any(1)
-    if not has_order.any():
+    check_shape(scores, "scores", ("q", "n"))
+    check_shape(reference, "reference", tuple(scores.shape))
+    if bool(scores.isnan().any() or reference.isnan().any()):
         return float("nan")
-    ordered = (values[has_order].T.contiguous() for values in (scores, reference))
-    return float(spearman_corrcoef(*ordered).mean())
+    has_order = (scores != scores[:, :1]).any(1) | (reference != reference[:, :1]).any(1)
+    return float(rank_correlations(scores, reference).nan_to_num(nan=0.0)[has_order].mean())

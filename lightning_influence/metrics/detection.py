@@ -82,6 +82,8 @@ class MislabelAUROC(Metric):
         self.wrong.append(is_mislabelled.to(self.device, self.dtype))
 
     def compute(self) -> Tensor:
-        """The area for all examples so far."""
+        """The area for all examples so far; NaN before there are labels of both kinds."""
+        if isinstance(self.suspicion, list) and not self.suspicion:
+            return torch.tensor(torch.nan, dtype=torch.float64)
         suspicion, wrong = (torch.cat(s) if isinstance(s, list) else s for s in (self.suspicion, self.wrong))
         return mislabel_auroc(suspicion, wrong.bool())

@@ -17,7 +17,8 @@ arbitrary order", doi:10.1214/12-AOAS547).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from torchmetrics import Metric
 
 from lightning_influence.metrics.checks import check_groups, check_measured, check_scores
 from lightning_influence.metrics.ranks import SortedRows, rank_correlations, row_correlations
+
+MOST_HALVES = 512
 
 
 def linear_datamodeling_score(scores: Tensor, subsets: Tensor, truth: Tensor) -> Tensor:
@@ -85,12 +88,17 @@ def bootstrap_rank_correlations(
         float64 [methods, num_bootstraps]. The standard deviation of a row is the method's standard error, that of
         a difference of two rows the error of the difference.
 
+    Raises:
+        ValueError: if `num_bootstraps` is less than 2, of which there is no deviation.
+
     Example:
         >>> actual = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
         >>> drawn = bootstrap_rank_correlations([actual, -actual], actual, num_bootstraps=10)
         >>> drawn.mean(1).tolist()
         [1.0, -1.0]
     """
+    if num_bootstraps < 2:
+        raise ValueError(f"`num_bootstraps` must be at least 2, got {num_bootstraps}.")
     generator = torch.Generator().manual_seed(seed)
     q, m = actual.shape
     rows, truth = [SortedRows(predicted) for predicted in predictions], SortedRows(actual)
@@ -109,14 +117,15 @@ def split_half_reliability(outputs: Tensor) -> float:
     """How well outputs, averaged over seeds, would agree with a second set of as many seeds, as ranks.
 
     The rank correlation of the means over two halves of the seeds, averaged over queries and all ways to halve
-    them, for the full number of seeds by the formula of Spearman and Brown, k r / (1 + (k - 1) r) with k the
-    ratio of the numbers of seeds. The best that a prediction can score is about its square root.
+    them (of very many ways, some), for the full number of seeds by the formula of Spearman and Brown,
+    k r / (1 + (k - 1) r) with k the ratio of the numbers of seeds. The best that a prediction can score is about
+    its square root.
 
     Args:
         outputs: shape [m, seeds, q].
 
     Returns:
-        At most 1; NaN of one seed.
+        At most 1, and below -1 where halves say the opposite; NaN of one seed.
 
     Example:
         >>> outputs = torch.randn(20, 1, 4, generator=torch.Generator().manual_seed(0)).expand(20, 4, 4)
@@ -127,12 +136,27 @@ def split_half_reliability(outputs: Tensor) -> float:
     if seeds < 2:
         return float("nan")
     half, found = seeds // 2, []
-    for part in itertools.combinations(range(seeds), half):
+    for part in _halves(seeds, half):
         other = sorted(set(range(seeds)) - set(part))[:half]
         one, two = (outputs[:, list(chosen)].double().mean(1).T for chosen in (part, other))
         found.append(rank_correlations(one, two).nanmean())
-    r, longer = float(torch.stack(found).mean()), seeds / half
-    return longer * r / (1 + (longer - 1) * r)
+    r, longer = torch.stack(found).mean(), seeds / half
+    return float(longer * r / (1 + (longer - 1) * r))
+
+
+def _halves(seeds: int, half: int) -> Iterable[Sequence[int]]:
+    if math.comb(seeds, half) <= MOST_HALVES:
+        return itertools.combinations(range(seeds), half)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randperm(seeds, generator=generator)[:half].tolist() for _ in range(MOST_HALVES)]
+
+
+def standard_errors(drawn: Tensor) -> Tensor:
+    """The standard deviation over bootstrap draws, [..., draws]; without those in which no output had an order."""
+    known = ~drawn.isnan()
+    count = known.sum(-1)
+    off = (drawn - drawn.nanmean(-1, keepdim=True)).nan_to_num()
+    return (off.square().sum(-1) / (count - 1)).sqrt()
 
 
 class LinearDatamodelingScore(Metric):
@@ -193,7 +217,7 @@ class LinearDatamodelingScore(Metric):
             return score
         options = {"num_bootstraps": self.num_bootstraps, "seed": self.seed}
         drawn = bootstrap_rank_correlations([predicted], actual, **options)
-        return {"lds": score, "standard_error": drawn.std()}
+        return {"lds": score, "standard_error": standard_errors(drawn[0])}
 
 
 def _pairs(scores: Tensor, subsets: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,18 +8,16 @@ once more, through the model's own backward (perturbation influence: Koh & Liang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_influence.curvature import AnyDamping, Curvature, RowCurvature, as_damping, basis_of, get_curvature
 from lightning_influence.errors import QueryError
-from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer
-from lightning_influence.query import InfluenceQuery
 from lightning_influence.solvers.objective import twice_differentiable
 from lightning_influence.step import LossKind
 from lightning_influence.training.asking import (
@@ -29,30 +27,6 @@ from lightning_influence.training.asking import (
     summed_objective,
     training_objective,
 )
-
-
-def preconditioned_queries(
-    engine: InfluenceQuery,
-    gradients: Mapping[str, LayerGradient],
-    *,
-    damping: AnyDamping,
-    curvature: str | Curvature,
-) -> dict[str, Tensor]:
-    """(G + damping)⁻¹ times the queries' gradients in the parameters' own coordinates, by layer [q, o, i].
-
-    Raises:
-        ValueError: if the curvature is made of rows, which are not read.
-    """
-    kind, rule = get_curvature(curvature), as_damping(damping)
-    if isinstance(kind, RowCurvature):
-        raise ValueError(f"`curvature` of a perturbation must be one of the file's factors, got {curvature!r}.")
-    rules = engine.dampings(kind, rule)
-    found = {}
-    for name, layer in engine.layers.items():
-        basis = basis_of(kind, layer.basis)
-        inverse = kind.inverse_eigenvalues(layer.basis, layer.Lambda, rules[name])
-        found[name] = basis.rotate_back(basis.rotate(gradients[name].to(engine.device)) * inverse)
-    return found
 
 
 def input_derivatives(
@@ -87,7 +61,7 @@ def input_derivatives(
         count, factor = len(features), torch.ones(())
     if len(features) != count:
         raise QueryError(f"`inputs` {inputs!r} has {len(features)} rows in a batch of {count} examples.")
-    with asked_of(model, layers), twice_differentiable():
+    with torch.inference_mode(False), torch.enable_grad(), asked_of(model, layers), twice_differentiable():
         moved = features.detach().clone().requires_grad_()
         batch = tree_map(_usable_in_autograd, batch)
         batch = _with_features(batch, inputs, moved)
@@ -151,6 +125,10 @@ def _features(batch: Any, inputs: int | str) -> Tensor:
 def _with_features(batch: Any, inputs: int | str, features: Tensor) -> Any:
     if isinstance(batch, Tensor):
         return features
+    if isinstance(batch, MutableMapping):
+        changed = copy.copy(batch)  # of its own kind, which its class alone need not make
+        changed[inputs] = features
+        return changed
     if isinstance(batch, Mapping):
         return type(batch)({**batch, inputs: features})  # type: ignore[call-arg]
     parts = list(batch)

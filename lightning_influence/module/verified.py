@@ -8,12 +8,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_influence.curvature import AnyDamping, Curvature
-from lightning_influence.evaluation.handed_in import scores_of_gradients
+from lightning_influence.evaluation.handed_in import precondition, scores_of_gradients
 from lightning_influence.evaluation.report import VerificationReport
 from lightning_influence.evaluation.report_pbrf import Pairs
 from lightning_influence.evaluation.report_run import Verification
 from lightning_influence.module.hosted import HostedModel
-from lightning_influence.module.perturbation import input_derivatives, preconditioned_queries
+from lightning_influence.module.perturbation import input_derivatives
 from lightning_influence.query import DEFAULT_DAMPING
 from lightning_influence.solvers.objective import Loss
 from lightning_influence.step import LossKind
@@ -86,7 +86,7 @@ class VerifiedModel(HostedModel):
         return input_derivatives(
             self.model,
             self._tracked,
-            preconditioned_queries(self._engine(), gradients, damping=damping, curvature=curvature),
+            precondition(self._engine(), gradients, damping=damping, curvature=curvature),
             self._transferred(examples),
             loss=cast(LossKind, self.store.attributes.get("loss", "auto")),
             training_loss=training_loss,

@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_influence.errors import QueryError
 from lightning_influence.layers import TrackedLayer, UseShape
@@ -102,6 +103,9 @@ def back_propagated(
         scale: that it is multiplied with, for gradients in half precision.
         before_backward: called with what will be back-propagated.
     """
+    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    if sizes and not any(sizes):
+        raise QueryError("The batch holds no example; pass at least one.")
     with torch.inference_mode(False), torch.enable_grad(), asked_of(model, capture.layers):
         batch = apply_to_collection(batch, Tensor, _usable_in_autograd)
         with capture:
@@ -316,4 +320,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def _usable_in_autograd(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+    if tensor.is_inference():
+        return tensor.clone()
+    # a leaf of ours, so that the backward leaves nothing in the user's `.grad`
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor

@@ -73,6 +73,14 @@ def test_examples_without_a_row_are_not_removed() -> None:
     assert removed(scores, [2]).margins[0].tolist() == [2]
 
 
+def test_no_more_are_removed_than_have_a_score() -> None:
+    scores = torch.full((2, N), torch.nan)
+    scores[:, 3:5] = -torch.inf
+    assert removed(scores, [2]).removed == (2,)
+    with pytest.raises(ValueError, match="asks for 3 examples, but query 0 has 2 scores that are not NaN"):
+        removed(scores, [2, 3])
+
+
 def test_margins_are_of_the_given_class() -> None:
     logits = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]])
     assert margins(nn.Identity(), logits, torch.tensor([1, 2])).tolist() == [2, -2]

@@ -61,3 +61,19 @@ def test_shapes_must_agree() -> None:
     scores, truth = arrays()
     with pytest.raises(ValueError, match=r"'truth' has \(5, 11\), not \(5, 12\)"):
         compare(scores, {"truth": truth[:, 1:]})
+
+
+def test_scores_without_an_order_agree_with_nothing() -> None:
+    """They count: else a method that is silent on hard queries would be compared on the easy ones."""
+    scores, truth = arrays()
+    scores[0] = 1.0
+    row = compare(scores, {"truth": truth}).rows[0]
+    others = [spearmanr(a, b)[0] for a, b in zip(scores[1:], truth[1:], strict=True)]
+    assert row.spearman == pytest.approx(sum(others) / 5)
+    assert row.queries == 5
+
+
+def test_a_pair_that_was_not_compared_is_named() -> None:
+    scores, truth = arrays()
+    with pytest.raises(KeyError, match=r"there are .*'scores', 'truth'"):
+        compare(scores, {"truth": truth})["ours", "truth"]

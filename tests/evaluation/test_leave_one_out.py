@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,23 @@ def test_an_index_outside_of_the_dataset_is_refused() -> None:
     problem = classifier()
     with pytest.raises(ValueError, match=r"`indices` must be a list of dataset indices in 0\.\.29, got \[30\]"):
         leave_one_out(problem.model, problem.train(), [30], loss=class_loss)
+
+
+@pytest.mark.parametrize("indices", [torch.eye(30)[3].bool(), [1.7], []])
+def test_what_is_no_index_is_refused(indices: Any) -> None:
+    problem = classifier()
+    with pytest.raises(ValueError, match="`indices` must be a list of dataset indices"):
+        leave_one_out(problem.model, problem.train(), indices, loss=class_loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps` must be positive, got 0"),
+        ({"learning_rate": float("inf"), "steps": 3}, "lower `learning"),
+    ],
+)
+def test_runs_that_go_nowhere_are_refused(options: dict[str, Any], message: str) -> None:
+    problem = classifier()
+    with pytest.raises(ValueError, match=message):
+        leave_one_out(problem.model, problem.train(), [3], loss=class_loss, **options)

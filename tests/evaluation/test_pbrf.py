@@ -177,3 +177,16 @@ def test_a_model_of_several_outputs_is_refused() -> None:
     data = (random(3, 2), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="`model` must return one tensor, got tuple"):
         pbrf(Two(), [data], data, loss=lambda y, t: class_loss(y[0], t), damping=0.1)
+
+
+def test_no_example_and_a_loss_that_is_not_convex_are_refused() -> None:
+    problem = classifier()
+    nothing = (problem.inputs[:0], problem.targets[:0])
+    with pytest.raises(ValueError, match="`examples` must hold at least one example"):
+        pbrf(problem.model, problem.train(), nothing, loss=class_loss, damping=DAMPING)
+    with pytest.raises(ValueError, match="is not positive; raise `damping`, or pass a `loss` that is convex"):
+        pbrf(problem.model, problem.train(), problem.train()[0], loss=_concave, damping=1e-6)
+
+
+def _concave(outputs: Tensor, targets: Tensor) -> Tensor:
+    return -outputs.square().sum(1)

@@ -2,7 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import HeuristicDamping, InfluenceCallback, InfluenceModule, capture
 from lightning_influence.errors import QueryError
-from lightning_influence.evaluation import pbrf
+from lightning_influence.evaluation import pbrf, report_pbrf
 from lightning_influence.evaluation.report import Check, VerificationReport
 from lightning_influence.evaluation.report_file import Drawn, halves_check, top_overlap
 from lightning_influence.evaluation.report_reference import GaussNewtonReference, Sample, gauss_newton_check
@@ -325,3 +326,14 @@ def test_handed_in_examples_score_as_their_rows_do(run: Run):
 def test_handed_in_examples_have_no_rows_for_a_curvature_of_rows(run: Run):
     with pytest.raises(QueryError, match="handed-in examples have none"):
         run.influence.scores_of(run.queries, run.queries, curvature="empirical_fisher")
+
+
+@pytest.mark.parametrize(("residual", "verdict"), [(0.01, "poor"), (0.1, "poor"), (170.0, "not measured")])
+def test_responses_that_did_not_converge_say_nothing_of_the_scores(residual: float, verdict: str) -> None:
+    scores = torch.arange(8.0).expand(2, 8)
+    subject = SimpleNamespace(file_scores=scores)
+    used = Sample([np.arange(8)], [None])
+    found = report_pbrf._answer(cast(Any, subject), used, np.arange(8), -scores, residual)
+    assert found.verdict == verdict
+    assert ("says nothing of the scores" in found.answer) == (verdict == "not measured")
+    assert found.figures["spearman"] == -1

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_influence.evaluation import retrain_subsets
@@ -95,11 +96,18 @@ def test_an_exception_loses_nothing(tmp_path: Path) -> None:
     assert calls.number == 4 + SUBSETS.shape[0] * 2 - 3
 
 
+def _other(optimizer: torch.optim.Optimizer, steps: int) -> CosineAnnealingLR:
+    return CosineAnnealingLR(optimizer, 2 * steps)
+
+
+_other.__qualname__ = CosineAnnealingLR.__qualname__
+
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "optimizer": ({"train": replace(RECIPE, optimizer=functools.partial(SGD, lr=0.2))}, "recipe"),
+    "optimizer": ({"train": replace(RECIPE, optimizer=functools.partial(SGD, lr=0.2))}, "optimizer"),
     "epochs": ({"train": replace(RECIPE, epochs=4)}, "recipe"),
     "schedule": ({"train": replace(RECIPE, scheduler=None)}, "recipe"),
-    "function": ({"train": fit, "make_model": Lit}, "model .*; recipe .*; train .*fit asked for"),
+    "schedule of the same name": ({"train": replace(RECIPE, scheduler=_other)}, "recipe"),
+    "function": ({"train": fit, "make_model": Lit}, "model .*; optimizer .*; recipe .*; train .*fit asked for"),
     "model": ({"make_model": convolutions}, "model"),
     "loss": ({"train": replace(RECIPE, loss=lambda *a: 2 * loss(*a))}, "what untrained models say"),
     "measure": ({"measure": lambda model: 2 * log_likelihoods(model)}, "what untrained models say"),
@@ -140,3 +148,51 @@ def test_a_damaged_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "cache.npz").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a file of retrainings"):
         retrained(cache=tmp_path / "cache.npz")
+
+
+def moved(model: nn.Module, subset: Subset, seed: int, *, by: float = 0.1) -> None:
+    with torch.no_grad():
+        next(model.parameters()).add_(by * float(np.random.randn()))
+
+
+def test_of_a_function_arguments_and_examples_are_known(tmp_path: Path) -> None:
+    def ask(dataset: Any, train: Any) -> None:
+        given = {"measure": log_likelihoods, "cache": tmp_path / "cache.npz", "progress": False}
+        retrain_subsets(mlp, dataset, SUBSETS[:2], train=train, **given)
+
+    data = TensorDataset(INPUTS[:N], LABELS[:N])
+    train = functools.partial(moved, by=0.2)
+    ask(data, train)
+    ask(data, train)
+    with pytest.raises(ValueError, match="these differ: train"):
+        ask(data, functools.partial(moved, by=0.3))
+    with pytest.raises(ValueError, match="these differ: data"):
+        ask(TensorDataset(2 * INPUTS[:N], LABELS[:N]), train)
+
+
+class Noisy(TensorDataset):
+    """Never the same."""
+
+    generator = torch.Generator()
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.randn(x.shape, generator=self.generator), y
+
+
+def test_a_file_of_augmented_data_is_taken_up(tmp_path: Path) -> None:
+    given = {"measure": log_likelihoods, "cache": tmp_path / "cache.npz", "progress": False, "train": moved}
+    found = [retrain_subsets(mlp, Noisy(INPUTS[:N], LABELS[:N]), SUBSETS[:2], **given) for _ in range(2)]
+    assert torch.equal(found[0].outputs, found[1].outputs)
+
+
+def test_all_random_numbers_belong_to_the_seed(tmp_path: Path) -> None:
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy()
+    with torch.inference_mode():
+        one, two = (retrained(SUBSETS[:2], train=moved) for _ in range(2))
+        trained = retrained(SUBSETS[:2])
+    assert torch.equal(one.outputs, two.outputs)
+    assert not torch.equal(one.outputs[:, 0], one.outputs[:, 1])
+    assert torch.equal(trained.outputs, retrained(SUBSETS[:2]).outputs)
+    assert np.array_equal(np.random.get_state()[1], before)

@@ -68,7 +68,7 @@ def test_examples_without_a_row_are_no_suspects(tmp_path: Path) -> None:
     assert influence.removal_effect(QUERY, suspects).isfinite().all()
 
 
-@pytest.mark.parametrize("indices", [[0.5, 1.7], torch.ones(10)])
+@pytest.mark.parametrize("indices", [[0.5, 1.7], torch.ones(3)])
 def test_indices_that_are_no_integers_are_refused(tmp_path: Path, indices: Any) -> None:
     model = Classifier()
     _, path = captured(tmp_path, model)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_influence import InfluenceCallback
 from lightning_influence.errors import UnsupportedTrainingError
 from lightning_influence.store import StoreReader
-from tests.integration.models import Task, seeded, stored_factors, train, vector_data
+from tests.integration.models import ManualTask, Task, seeded, stored_factors, train, vector_data
 from tests.integration.test_compiled import WAYS
 from tests.matrix.processes import ODD, processes
 from tests.matrix.running import train as train_situation
@@ -272,3 +272,29 @@ def test_python_in_the_backward_is_refused_before_it_is_run(
         fitted(lambda: Task(make()), InfluenceCallback(tmp_path / "x.h5", fisher="exact", on_error="raise"))
     fitted(lambda: Task(make()), InfluenceCallback(tmp_path / "x.h5", on_error="raise"))
     assert StoreReader(tmp_path / "x.h5").attributes["fisher"] == "empirical"
+
+
+# %%
+# Two callbacks, whose hooks sit on the same layers
+
+
+@pytest.mark.parametrize("task", [Task, ManualTask])
+@pytest.mark.parametrize("kinds", [("empirical", "exact"), ("exact", "empirical"), ("sampled", "exact")])
+def test_a_callback_does_not_see_the_label_passes_of_another(
+    tmp_path: Path, task: type[Task], kinds: tuple[str, str]
+) -> None:
+    def fit(folder: str, *fishers: str) -> list[Path]:
+        paths = [tmp_path / folder / f"{fisher}.h5" for fisher in fishers]
+        options = {"covariance_positions": None, "on_error": "raise"}
+        callbacks = [InfluenceCallback(p, fisher=f, **options) for p, f in zip(paths, fishers, strict=True)]
+        model = task(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), optimizer=MOVING)
+        weights = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, generator=weights)
+        torch.manual_seed(1)
+        train(model, vector_data(), *callbacks)
+        return paths
+
+    for beside, kind in zip(fit("both", *kinds), kinds, strict=True):
+        (alone,) = fit("alone", kind)
+        assert_same_factors(beside, alone, rtol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_what_has_no_derivative_is_refused(influence: InfluenceModule) -> None:
         influence.perturbation((x, y), (x, y), inputs=1)
     with pytest.raises(QueryError, match="`inputs` 'pixels' is not in the examples"):
         influence.perturbation((x, y), (x, y), inputs="pixels")
-    with pytest.raises(ValueError, match="`curvature` of a perturbation"):
+    with pytest.raises(QueryError, match="is made of the file's rows"):
         influence.perturbation((x, y), (x, y), curvature="empirical_fisher")
 
 
@@ -146,3 +147,44 @@ def test_a_model_that_detaches_its_inputs_is_refused(tmp_path: Path) -> None:
     influence = asked(Detaching(), tmp_path, examples(12))
     with pytest.raises(QueryError, match="do not depend on `inputs` 0"):
         influence.perturbation(examples(1), examples(2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_perturbation_and_scores_do_not_ask_for_gradients_to_be_on(influence: InfluenceModule, mode: Any) -> None:
+    expected = influence.perturbation(examples(2), examples(3))
+    with mode():
+        found = influence.perturbation(examples(2), examples(3))
+    assert torch.equal(found, expected)
+
+
+def test_nothing_is_left_in_the_batch_of_the_user(influence: InfluenceModule) -> None:
+    x, y = examples(3)
+    x.requires_grad_()
+    for answer in (influence.perturbation((x, y), (x, y)), influence.scores_of((x, y), (x, y))):
+        assert not answer.requires_grad
+    assert x.grad is None
+
+
+class OfMapping(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+def test_a_batch_of_another_kind_of_mapping_is_moved(tmp_path: Path) -> None:
+    x, y = examples(12)
+    rows = [{"x": each, "y": label} for each, label in zip(x, y, strict=True)]
+    model = OfMapping()
+    path = capture(model, DataLoader(rows, batch_size=5), tmp_path / "influence.h5")
+    influence = InfluenceModule.attach(model, path)
+    batch = {"x": x[:3], "y": y[:3]}
+    odd = defaultdict(list, batch)
+    found, expected = (influence.perturbation(batch, each, inputs="x") for each in (odd, batch))
+    assert torch.equal(found, expected)
+    assert odd["x"] is batch["x"]
+
+
+def test_a_batch_without_examples_is_refused(influence: InfluenceModule) -> None:
+    for queries, chosen in ((examples(0), examples(2)), (examples(2), examples(0))):
+        for ask in (influence.scores_of, influence.perturbation):
+            with pytest.raises(QueryError, match="holds no example"):
+                ask(queries, chosen)

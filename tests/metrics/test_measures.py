@@ -386,3 +386,26 @@ def test_errors_name_the_argument_and_what_was_found(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_draws_in_which_no_output_has_an_order_are_left_out_of_the_error() -> None:
+    """Of two subsets, every second draw has one of them twice."""
+    scores, truth = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    metric = metrics.LinearDatamodelingScore(num_bootstraps=50)
+    metric.update(scores, torch.eye(2).bool(), truth)
+    found = metric.compute()
+    assert (found["lds"], found["standard_error"]) == (1, 0)
+    assert metrics.bootstrap_rank_correlations([scores], truth.T, num_bootstraps=50).isnan().any()
+    with pytest.raises(ValueError, match="`num_bootstraps` must be at least 2, got 1"):
+        metrics.bootstrap_rank_correlations([scores], truth.T, num_bootstraps=1)
+
+
+def test_reliability_of_opposites_and_of_many_seeds() -> None:
+    ranks = torch.arange(10.0)
+    assert metrics.split_half_reliability(torch.stack([ranks, -ranks], 1)[..., None]) == -float("inf")
+    signal, noise = drawn(300, 1, 2, seed=1), drawn(300, 24, 2, seed=2)
+    assert metrics.split_half_reliability(signal + noise) == pytest.approx(24 / 25, abs=0.02)
+
+
+def test_no_example_yet_is_nan() -> None:
+    assert metrics.MislabelAUROC().compute().isnan()

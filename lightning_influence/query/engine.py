@@ -227,8 +227,8 @@ class InfluenceQuery(OpenSegment):
         others = as_indices(others, self.num_examples, "other_indices", where)
         asked = self._asked(Question(**options, subset=others))
 
-        def rows_of(segment: OpenSegment, part: slice) -> Queries:
-            return {name: segment.decoded(name, chosen[part]) for name in asked.layers}
+        def rows_of(segment: OpenSegment, name: str, part: slice) -> LayerGradient:
+            return segment.decoded(name, chosen[part])
 
         found = _collected(asked, len(chosen), rows_of)[""]
         return found.masked_fill(~asked.known[chosen][:, None], torch.nan)
@@ -283,7 +283,7 @@ def _count(queries: Queries) -> int:
 
 def _same_for_all(queries: Queries) -> QueriesOf:
     """The queries for whatever segment: their gradients are those of the model's weights."""
-    return lambda segment, part: {name: gradient[part] for name, gradient in queries.items()}
+    return lambda segment, name, part: queries[name][part]
 
 
 def _check_k(k: int, rows: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lightning_influence.codecs import PairsCodec
@@ -51,15 +50,26 @@ class AnswerOfLayer(Protocol):
 
 
 def prepare(
-    layer: ScoredLayer, query: LayerGradient, curvature: Curvature, damping: Damping, budget: int
+    layer: ScoredLayer,
+    query_of: Callable[[slice], LayerGradient],
+    queries: slice,
+    curvature: Curvature,
+    damping: Damping,
+    budget: int,
 ) -> PreparedLayer:
-    """Precondition a layer's queries, in float32, some at a time."""
-    step = preconditioned_at_once(layer, budget)
-    parts = [
-        layer.precondition(_as_float32(query[start : start + step], layer.Lambda), curvature, damping)
-        for start in range(0, len(query), step)
-    ]
-    return PreparedLayer(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
+    """Precondition a layer's queries, in float32, some at a time: these alone are asked for."""
+    count, step = queries.stop - queries.start, preconditioned_at_once(layer, budget)
+    projected = None
+    for start in range(0, count, step):
+        some = slice(start, min(start + step, count))
+        query = _as_float32(query_of(slice(queries.start + some.start, queries.start + some.stop)), layer.Lambda)
+        part = layer.precondition(query, curvature, damping)
+        if projected is None:  # made once: parts that are kept would lie between what is given back
+            projected = part if len(part) == count else part.new_empty(count, *part.shape[1:])
+        if projected is not part:
+            projected[some] = part
+    assert projected is not None
+    return PreparedLayer(layer, projected)
 
 
 def _as_float32(query: LayerGradient, like: Tensor) -> LayerGradient:

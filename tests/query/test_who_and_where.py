@@ -14,6 +14,7 @@ from lightning_influence.curvature import GlobalDamping, HeuristicDamping
 from lightning_influence.errors import QueryError
 from lightning_influence.gradients import DenseGradient
 from lightning_influence.query import InfluenceQuery
+from lightning_influence.query.segment import OpenSegment
 from tests.plain_loop import decoded_rows, query_gradients, record
 from tests.reference.models import classification_examples, seeded_classifier
 from tests.reference.scores import loss_influence_scores
@@ -314,6 +315,24 @@ def test_scores_between_rows_are_those_of_the_same_examples_as_queries(vectors: 
 def test_rows_that_are_not_there_have_no_scores_between(gappy: InfluenceQuery) -> None:
     missing = gappy.scores_between([4, 3, 18], [19, 3, 7]).isnan()
     assert missing.tolist() == [[True] * 3, [True, False, False], [True] * 3]
+
+
+def test_rows_that_are_queries_are_made_whole_some_at_a_time(
+    file: InfluenceQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    decoded = OpenSegment.decoded
+
+    def watched(self: OpenSegment, name: str, indices: np.ndarray) -> DenseGradient:
+        sizes.append(len(indices))
+        return decoded(self, name, indices)
+
+    monkeypatch.setattr(OpenSegment, "decoded", watched)
+    monkeypatch.setattr("lightning_influence.query.prepared.preconditioned_at_once", lambda layer, budget: 3)
+    found = file.scores_between(range(N))
+    assert sizes == [3, 3, 3, 3, 3, 3, 2] * len(file.layers)
+    monkeypatch.undo()
+    close(found, file.scores_between(range(N)).double(), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["indices", "other_indices"])

@@ -293,6 +293,9 @@ def test_a_query_that_one_model_makes_no_number_of_is_not_hidden(models, batch, 
     removed = held_by_all(models, batch)[:2]
     effect = ensemble.removal_effect(batch, removed, measurement=measurement)
     assert effect.isnan().tolist() == [True, False, False]
+    groups = ensemble.group_scores(batch, {"some": removed, "none": []}, measurement=measurement)
+    for sums in (groups.scores, groups.removal_effects):
+        assert sums.isnan().tolist() == [[True, True], [False, True], [False, True]]
 
 
 def test_layers_of_different_networks_cannot_be_told_apart(models, batch, tmp_path):

@@ -187,7 +187,8 @@ class InfluenceQuery(OpenSegment):
             options: see `QueryOptions`.
 
         Returns:
-            Examples without a valid row add nothing; `counts` says how many have one.
+            Examples without a valid row add nothing; `counts` says how many have one. A query that is not finite
+            has sums that are not.
 
         Raises:
             QueryError: if the groups do not fit the file.
@@ -201,7 +202,8 @@ class InfluenceQuery(OpenSegment):
             rows = asked.places.rows(block.part)
             for each, values in zip(sums, (block.scores[""], block.effects), strict=True):
                 if values is not None:
-                    membership.add(each[block.queries], rows, values.nan_to_num(nan=0.0))
+                    known = values.cpu().masked_fill(~asked.known[rows], 0.0)
+                    membership.add(each[block.queries], rows, known)
         scores, effects = sums.masked_fill(counts == 0, torch.nan).float()
         return GroupAttribution(membership.names, scores, effects if has_effects else None, counts)
 

@@ -263,6 +263,17 @@ def test_a_group_without_a_row_has_no_score(gappy: InfluenceQuery) -> None:
     assert found.counts.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_sums_of_a_query_that_is_not_finite_are_not_finite(gappy: InfluenceQuery, value: float) -> None:
+    queries = {name: DenseGradient(gradient.dense().clone()) for name, gradient in asked(gappy).items()}
+    for gradient in queries.values():
+        gradient.values[1, 0, 0] = value
+    found = gappy.group_scores(queries, {"some": [1, 2], "without": GAPS, "both": [4, 5]})
+    assert found.removal_effects is not None
+    for sums in (found.scores, found.removal_effects):
+        assert sums.isfinite().tolist() == [[True, False, True], [False] * 3, [True, False, True]]
+
+
 def test_groups_of_layers_add_up(vectors: InfluenceQuery) -> None:
     queries, options = asked(vectors), {"curvature": "kfac", "damping": GlobalDamping(0.1)}
     parts = [vectors.group_scores(queries, LABELS, layers=name, **options) for name in ("first", "last")]

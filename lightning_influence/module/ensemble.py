@@ -177,8 +177,9 @@ class InfluenceEnsemble(LightningModule):
         if found is None or any(options.get(name) is not None for name in _OF_PARTS):
             others = {key: value for key, value in options.items() if key not in _OF_PARTS}
             found = [model.scores(batch, **others) for model in self._members]
-        spreads = torch.stack([_spread(scores) for scores in found])
+        spreads = torch.stack([_spread(scores.double()) for scores in found])
         weights = torch.where(spreads > 0, 1 / spreads, 0.0)
+        weights = (weights / weights.amax(0)).float()  # within float32, of whatever scale the scores are
         return list(torch.where(weights.sum(0) > 0, weights, 1.0))  # no model tells examples apart: all alike
 
 

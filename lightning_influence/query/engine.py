@@ -118,7 +118,9 @@ class InfluenceQuery(OpenSegment):
         asked = self._asked(Question(**options))
         _check_k(k, asked.count_known())
         lots: dict[int, BestSoFar] = {}
-        for block in asked.blocks(_count(queries), _same_for_all(queries)):
+        if not (count := _count(queries, asked)):
+            return Attribution(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
+        for block in asked.blocks(count, _same_for_all(queries)):
             best = lots.setdefault(block.queries.start, BestSoFar(k, largest=largest))
             best.add(asked.places.indices(block.part), block.scores[""])
         found = [best.result() for best in lots.values()]
@@ -171,7 +173,7 @@ class InfluenceQuery(OpenSegment):
         asked = self._asked(Question(**options, subset=chosen))
         check_is_mean(asked.weights)
         self._check_known(chosen, asked)
-        effect = torch.zeros(_count(queries))
+        effect = torch.zeros(_count(queries, asked))
         for block in asked.blocks(len(effect), _same_for_all(queries), with_effects=True):
             assert block.effects is not None
             effect[block.queries] += block.effects.sum(1).cpu()
@@ -195,7 +197,7 @@ class InfluenceQuery(OpenSegment):
         """
         membership = Membership(groups, self.num_examples, str(self.store.path))
         asked = self._asked(Question(**options), membership.places)
-        has_effects, count = is_mean(asked.weights), _count(queries)
+        has_effects, count = is_mean(asked.weights), _count(queries, asked)
         counts = membership.count(asked.known)
         sums = torch.zeros(2, count, len(counts), dtype=torch.float64)
         for block in asked.blocks(count, _same_for_all(queries), with_effects=has_effects):
@@ -243,7 +245,7 @@ class InfluenceQuery(OpenSegment):
         if per_token:
             asked.check_positions(added_up=group_of("a") == group_of("b"))
             answer = PreparedLayer.position_scores
-        return _collected(asked, _count(queries), _same_for_all(queries), group_of, answer)
+        return _collected(asked, _count(queries, asked), _same_for_all(queries), group_of, answer)
 
     def _asked(self, question: Question, places: Places | None = None) -> Asked:
         return Asked.of(self, question, self.memory_budget, places)
@@ -279,8 +281,16 @@ def _collected(
     return result
 
 
-def _count(queries: Queries) -> int:
-    return len(next(iter(queries.values())))
+def _count(queries: Queries, asked: Asked) -> int:
+    """How many queries there are, of each of the layers asked about as many."""
+    counts = {name: len(queries[name]) if name in queries else None for name in asked.layers}
+    count = counts[asked.layers[0]]
+    if count is None or len({*counts.values()}) > 1:
+        raise QueryError(
+            "`queries` must hold gradients of as many queries for each layer that is asked about, got "
+            f"{counts} (None: no such layer); choose some by `layers`, or add the others."
+        )
+    return count
 
 
 def _same_for_all(queries: Queries) -> QueriesOf:

@@ -78,6 +78,26 @@ def test_a_subset_has_its_part_of_the_answers_in_its_order(
     torch.testing.assert_close(found, own[indices], rtol=1e-5, atol=1e-5 * float(own.max()))
 
 
+def test_no_queries_have_no_answers(vectors: InfluenceQuery) -> None:
+    none = {name: gradient[:0] for name, gradient in asked(vectors).items()}
+    assert vectors.scores(none).shape == (0, N)
+    top = vectors.top_k(none, 4)
+    assert top.indices.shape == top.scores.shape == (0, 4)
+    assert top.indices.dtype == torch.int64
+    assert vectors.group_scores(none, np.arange(N) % 3).scores.shape == (0, 3)
+    assert vectors.removal_effect(none, [1]).shape == (0,)
+
+
+def test_queries_that_layers_have_not_alike_are_refused(vectors: InfluenceQuery) -> None:
+    queries = asked(vectors)
+    for others in ({"first": queries["first"]}, {**queries, "last": queries["last"][:1]}, {}):
+        for ask in (vectors.scores, vectors.top_k, lambda q: vectors.removal_effect(q, [1])):
+            with pytest.raises(QueryError, match="gradients of as many queries for each layer"):
+                ask(others)
+    only = vectors.scores({"first": queries["first"]}, layers="first")
+    torch.testing.assert_close(only, vectors.scores(queries, layers="first"))
+
+
 @pytest.mark.parametrize("largest", [True, False])
 def test_the_best_of_a_subset_are_named_by_their_dataset_indices(file: InfluenceQuery, largest: bool) -> None:
     queries, subset = asked(file), [13, 2, 8, 19, 5]

@@ -84,6 +84,21 @@ def test_standardized_scores_do_not_depend_on_a_models_scale(models, batch):
     np.testing.assert_allclose(found[0], 1e3 * found[1], rtol=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_standardized_scores_weigh_models_of_whatever_size_their_scores_are(models, batch, size):
+    ensemble = InfluenceModule.ensemble(models, average="standardized")
+
+    def measurement(model, batch):
+        return size * model(batch[0])[:, 0]
+
+    each = stacked(models, batch, measurement=measurement).astype(np.float64)
+    weights = 1 / np.nanstd(each, axis=2, keepdims=True)
+    expected = np.nansum(weights * each, 0) / (weights * ~np.isnan(each)).sum(0)
+    found = ensemble.scores(batch, measurement=measurement)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found / size, expected / size, rtol=1e-3, atol=1e-4)
+
+
 def test_models_that_tell_no_examples_apart_are_no_division_by_zero(models, batch):
     ensemble = InfluenceModule.ensemble(models, average="standardized")
     found = ensemble.scores(batch, measurement=lambda model, batch: 0 * model(batch[0]).sum(1))
@@ -293,6 +308,9 @@ def test_a_query_that_one_model_makes_no_number_of_is_not_hidden(models, batch, 
     removed = held_by_all(models, batch)[:2]
     effect = ensemble.removal_effect(batch, removed, measurement=measurement)
     assert effect.isnan().tolist() == [True, False, False]
+    groups = ensemble.group_scores(batch, {"some": removed, "none": []}, measurement=measurement)
+    for sums in (groups.scores, groups.removal_effects):
+        assert sums.isnan().tolist() == [[True, True], [False, True], [False, True]]
 
 
 def test_layers_of_different_networks_cannot_be_told_apart(models, batch, tmp_path):

@@ -110,13 +110,14 @@ class InfluenceEnsemble(LightningModule):
         names, parts = _parts_of_groups(groups, known, self._where)
         weights = self._weights(batch, options)
         found = [model.group_scores(batch, parts, **options) for model in self._members]
-        scores = _joined_parts([each.scores for each in found], weights, parts, len(names))
+        known = known[:, [members[0] for members in parts.values()]]
+        scores = _joined_parts([each.scores for each in found], weights, known, parts, len(names))
         effects = None
         if all(each.removal_effects is not None for each in found):
-            effects = _joined_parts([each.removal_effects for each in found], weights, parts, len(names))
-        counts, by_any = torch.zeros(len(names), dtype=torch.int64), np.logical_or.reduce(known)
-        for (number, _), members in parts.items():
-            counts[number] += int(by_any[members].sum())
+            effects = _joined_parts([each.removal_effects for each in found], weights, known, parts, len(names))
+        counts = torch.zeros(len(names), dtype=torch.int64)
+        for (number, _), members, by_any in zip(parts, parts.values(), np.logical_or.reduce(known), strict=True):
+            counts[number] += len(members) * int(by_any)
         return GroupAttribution(names, scores, effects, counts)
 
     def removal_effect(self, batch: Any, indices: Tensor | np.ndarray | list[int], **options: Any) -> Tensor:
@@ -176,8 +177,9 @@ class InfluenceEnsemble(LightningModule):
         if found is None or any(options.get(name) is not None for name in _OF_PARTS):
             others = {key: value for key, value in options.items() if key not in _OF_PARTS}
             found = [model.scores(batch, **others) for model in self._members]
-        spreads = torch.stack([_spread(scores) for scores in found])
+        spreads = torch.stack([_spread(scores.double()) for scores in found])
         weights = torch.where(spreads > 0, 1 / spreads, 0.0)
+        weights = (weights / weights.amax(0)).float()  # within float32, of whatever scale the scores are
         return list(torch.where(weights.sum(0) > 0, weights, 1.0))  # no model tells examples apart: all alike
 
 
@@ -273,12 +275,17 @@ def _parts_of_groups(
 
 
 def _joined_parts(
-    found: Sequence[Tensor], weights: Sequence[Tensor], parts: Iterable[tuple[int, int]], count: int
+    found: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    known: np.ndarray,
+    parts: Iterable[tuple[int, int]],
+    count: int,
 ) -> Tensor:
-    """Sums over groups, [q, groups], of sums over their parts by each model, [q, parts]."""
-    mean = _weighted_mean(found, weights, [~each.isnan().all(0) for each in found])
+    """Sums over groups, [q, groups], of sums over their parts by each model, [q, parts], that it knows or not."""
+    by_model = torch.from_numpy(known)
+    mean, by_any = _weighted_mean(found, weights, by_model), by_model.any(0)
     numbers = torch.tensor([number for number, _ in parts])
-    sums = torch.zeros(len(mean), count).index_add_(1, numbers, mean.nan_to_num(nan=0.0))
+    sums = torch.zeros(len(mean), count).index_add_(1, numbers, mean.masked_fill(~by_any, 0.0))
     is_known = torch.zeros(count, dtype=torch.bool)
-    is_known[numbers[(~mean.isnan()).any(0)]] = True
+    is_known[numbers[by_any]] = True
     return sums.masked_fill(~is_known, torch.nan)

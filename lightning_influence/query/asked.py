@@ -7,6 +7,7 @@ of the rows (`RowCurvature`) needs all scores of a query at once, and has one ch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,8 +38,8 @@ from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import WeightedSegment, answerable, weighted_segments
 
 BLOCK_ROWS = 1024  # whose squares are made at a time
-QueriesOf = Callable[[OpenSegment, slice], Mapping[str, LayerGradient]]
-"""Some of the queries' gradients of each layer, for a segment."""
+QueriesOf = Callable[[OpenSegment, str, slice], LayerGradient]
+"""Some of the queries' gradients of a layer, for a segment."""
 Prepared = Mapping[tuple[int, str], PreparedLayer]
 """By the segment's place and the layer."""
 
@@ -226,16 +227,11 @@ class Asked:
     def _prepared(self, queries_of: QueriesOf, queries: slice) -> dict[tuple[int, str], PreparedLayer]:
         found = {}
         for number, part in enumerate(self.parts):
-            gradients = queries_of(part.segment, queries)
             for name in self.layers:
-                layer = part.segment.layers[name]
+                query_of = functools.partial(queries_of, part.segment, name)
+                layer, rule = part.segment.layers[name], part.rules[name]
                 found[number, name] = prepare(
-                    layer,
-                    gradients[name],
-                    self.curvature,
-                    part.rules[name],
-                    budget=self.budget,
-                    rank=self.rank,
+                    layer, query_of, queries, self.curvature, rule, budget=self.budget, rank=self.rank
                 )
         log_truncated({name: each.projected for (_, name), each in found.items()})
         return found

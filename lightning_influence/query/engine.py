@@ -118,7 +118,9 @@ class InfluenceQuery(OpenSegment):
         asked = self._asked(Question(**options))
         _check_k(k, asked.count_known())
         lots: dict[int, BestSoFar] = {}
-        for block in asked.blocks(_count(queries), _same_for_all(queries)):
+        if not (count := _count(queries, asked)):
+            return Attribution(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
+        for block in asked.blocks(count, _same_for_all(queries)):
             best = lots.setdefault(block.queries.start, BestSoFar(k, largest=largest))
             best.add(asked.places.indices(block.part), block.scores[""])
         found = [best.result() for best in lots.values()]
@@ -171,7 +173,7 @@ class InfluenceQuery(OpenSegment):
         asked = self._asked(Question(**options, subset=chosen))
         check_is_mean(asked.weights)
         self._check_known(chosen, asked)
-        effect = torch.zeros(_count(queries))
+        effect = torch.zeros(_count(queries, asked))
         for block in asked.blocks(len(effect), _same_for_all(queries), with_effects=True):
             assert block.effects is not None
             effect[block.queries] += block.effects.sum(1).cpu()
@@ -187,21 +189,23 @@ class InfluenceQuery(OpenSegment):
             options: see `QueryOptions`.
 
         Returns:
-            Examples without a valid row add nothing; `counts` says how many have one.
+            Examples without a valid row add nothing; `counts` says how many have one. A query that is not finite
+            has sums that are not.
 
         Raises:
             QueryError: if the groups do not fit the file.
         """
         membership = Membership(groups, self.num_examples, str(self.store.path))
         asked = self._asked(Question(**options), membership.places)
-        has_effects, count = is_mean(asked.weights), _count(queries)
-        counts, unknown = membership.count(asked.known), ~asked.known
+        has_effects, count = is_mean(asked.weights), _count(queries, asked)
+        counts = membership.count(asked.known)
         sums = torch.zeros(2, count, len(counts), dtype=torch.float64)
         for block in asked.blocks(count, _same_for_all(queries), with_effects=has_effects):
             rows = asked.places.rows(block.part)
             for each, values in zip(sums, (block.scores[""], block.effects), strict=True):
                 if values is not None:
-                    membership.add(each[block.queries], rows, values.cpu().masked_fill(unknown[rows], 0.0))
+                    known = values.cpu().masked_fill(~asked.known[rows], 0.0)
+                    membership.add(each[block.queries], rows, known)
         scores, effects = sums.masked_fill(counts == 0, torch.nan).float()
         return GroupAttribution(membership.names, scores, effects if has_effects else None, counts)
 
@@ -227,8 +231,8 @@ class InfluenceQuery(OpenSegment):
         others = as_indices(others, self.num_examples, "other_indices", where)
         asked = self._asked(Question(**options, subset=others))
 
-        def rows_of(segment: OpenSegment, part: slice) -> Queries:
-            return {name: segment.decoded(name, chosen[part]) for name in asked.layers}
+        def rows_of(segment: OpenSegment, name: str, part: slice) -> LayerGradient:
+            return segment.decoded(name, chosen[part])
 
         found = _collected(asked, len(chosen), rows_of)[""]
         return found.masked_fill(~asked.known[chosen][:, None], torch.nan)
@@ -241,7 +245,7 @@ class InfluenceQuery(OpenSegment):
         if per_token:
             asked.check_positions(added_up=group_of("a") == group_of("b"))
             answer = PreparedLayer.position_scores
-        return _collected(asked, _count(queries), _same_for_all(queries), group_of, answer)
+        return _collected(asked, _count(queries, asked), _same_for_all(queries), group_of, answer)
 
     def _asked(self, question: Question, places: Places | None = None) -> Asked:
         return Asked.of(self, question, self.memory_budget, places)
@@ -277,13 +281,21 @@ def _collected(
     return result
 
 
-def _count(queries: Queries) -> int:
-    return len(next(iter(queries.values())))
+def _count(queries: Queries, asked: Asked) -> int:
+    """How many queries there are, of each of the layers asked about as many."""
+    counts = {name: len(queries[name]) if name in queries else None for name in asked.layers}
+    count = counts[asked.layers[0]]
+    if count is None or len({*counts.values()}) > 1:
+        raise QueryError(
+            "`queries` must hold gradients of as many queries for each layer that is asked about, got "
+            f"{counts} (None: no such layer); choose some by `layers`, or add the others."
+        )
+    return count
 
 
 def _same_for_all(queries: Queries) -> QueriesOf:
     """The queries for whatever segment: their gradients are those of the model's weights."""
-    return lambda segment, part: {name: gradient[part] for name, gradient in queries.items()}
+    return lambda segment, name, part: queries[name][part]
 
 
 def _check_k(k: int, rows: int) -> None:

@@ -36,7 +36,7 @@ class QueryOptions(TypedDict, total=False):
         rank: None for exact products, or the rank that queries are truncated to where a layer's rows are pairs:
             2 rank (o + i) multiply-adds a row instead of o i. Layers with no fewer that way stay exact. The log
             (INFO) says what share of the queries' squared norm is left; `examples/benchmarks/query_speed.py`
-            measures what that does to scores. Not with `per_token`.
+            measures what that does to scores. Not with `per_token`; self-influence is exact always.
     """
 
     damping: AnyDamping

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lightning_influence.codecs import PairsCodec
@@ -54,22 +53,29 @@ class AnswerOfLayer(Protocol):
 
 def prepare(
     layer: ScoredLayer,
-    query: LayerGradient,
+    query_of: Callable[[slice], LayerGradient],
+    queries: slice,
     curvature: Curvature,
     damping: Damping,
     *,
     budget: int,
     rank: int | None = None,
 ) -> PreparedLayer:
-    """Precondition a layer's queries, in float32, some at a time; of a rank where that is cheaper."""
-    step = preconditioned_at_once(layer, budget)
-    parts = [
-        layer.precondition(_as_float32(query[start : start + step], layer.Lambda), curvature, damping)
-        for start in range(0, len(query), step)
-    ]
+    """Precondition a layer's queries, in float32, some at a time: of a rank if cheaper."""
+    count, step = queries.stop - queries.start, preconditioned_at_once(layer, budget)
+    projected = None
+    for start in range(0, count, step):
+        some = slice(start, min(start + step, count))
+        query = _as_float32(query_of(slice(queries.start + some.start, queries.start + some.stop)), layer.Lambda)
+        part = layer.precondition(query, curvature, damping)
+        if projected is None:  # made once: parts that are kept would lie between what is given back
+            projected = part if len(part) == count else part.new_empty(count, *part.shape[1:])
+        if projected is not part:
+            projected[some] = part
+    assert projected is not None
     if rank is not None and _is_cheaper(layer, rank):
-        return PreparedLayer(layer, TruncatedQueries.joined([TruncatedQueries(part, rank) for part in parts]))
-    return PreparedLayer(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
+        return PreparedLayer(layer, TruncatedQueries(projected, rank))
+    return PreparedLayer(layer, projected)
 
 
 def _is_cheaper(layer: ScoredLayer, rank: int) -> bool:

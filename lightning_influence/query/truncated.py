@@ -7,7 +7,7 @@ A row d a^T meets a query V [o, i] in o i multiply-adds. Of V's nearest matrix o
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -42,14 +42,6 @@ class TruncatedQueries:
         self._left, self._right = left @ best, right.mT @ best  # [q, o, r], [q, i, r]
         total = matrices.square().sum((1, 2))
         self.kept = (self._right.square().sum((1, 2)) / total.where(total > 0, 1)).where(total > 0, 1.0)
-
-    @classmethod
-    def joined(cls, parts: Sequence[TruncatedQueries]) -> TruncatedQueries:
-        """All queries of the parts, of the same rank."""
-        made = cls.__new__(cls)
-        for name in ("_left", "_right", "kept"):
-            setattr(made, name, torch.cat([getattr(part, name) for part in parts]))
-        return made
 
     def _of_inputs(self, rows: FactoredGradient) -> Tensor:
         """The rows' inputs times W, [n, s, q r]; a bias's ones are not written out."""

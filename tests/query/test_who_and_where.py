@@ -14,6 +14,7 @@ from lightning_influence.curvature import GlobalDamping, HeuristicDamping
 from lightning_influence.errors import QueryError
 from lightning_influence.gradients import DenseGradient
 from lightning_influence.query import InfluenceQuery
+from lightning_influence.query.segment import OpenSegment
 from tests.plain_loop import decoded_rows, query_gradients, record
 from tests.reference.models import classification_examples, seeded_classifier
 from tests.reference.scores import loss_influence_scores
@@ -75,6 +76,26 @@ def test_a_subset_has_its_part_of_the_answers_in_its_order(
     torch.testing.assert_close(found, scores[:, indices], rtol=1e-5, atol=1e-5 * float(scores.abs().max()))
     found = file.self_influence(subset=subset, **options)
     torch.testing.assert_close(found, own[indices], rtol=1e-5, atol=1e-5 * float(own.max()))
+
+
+def test_no_queries_have_no_answers(vectors: InfluenceQuery) -> None:
+    none = {name: gradient[:0] for name, gradient in asked(vectors).items()}
+    assert vectors.scores(none).shape == (0, N)
+    top = vectors.top_k(none, 4)
+    assert top.indices.shape == top.scores.shape == (0, 4)
+    assert top.indices.dtype == torch.int64
+    assert vectors.group_scores(none, np.arange(N) % 3).scores.shape == (0, 3)
+    assert vectors.removal_effect(none, [1]).shape == (0,)
+
+
+def test_queries_that_layers_have_not_alike_are_refused(vectors: InfluenceQuery) -> None:
+    queries = asked(vectors)
+    for others in ({"first": queries["first"]}, {**queries, "last": queries["last"][:1]}, {}):
+        for ask in (vectors.scores, vectors.top_k, lambda q: vectors.removal_effect(q, [1])):
+            with pytest.raises(QueryError, match="gradients of as many queries for each layer"):
+                ask(others)
+    only = vectors.scores({"first": queries["first"]}, layers="first")
+    torch.testing.assert_close(only, vectors.scores(queries, layers="first"))
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -262,15 +283,15 @@ def test_a_group_without_a_row_has_no_score(gappy: InfluenceQuery) -> None:
     assert found.counts.tolist() == [0, 0, 1]
 
 
-def test_a_query_without_scores_has_none_of_groups(vectors: InfluenceQuery) -> None:
-    queries = asked(vectors)
-    for name, gradient in queries.items():
-        dense = gradient.dense().clone()
-        dense[0] = torch.nan
-        queries[name] = DenseGradient(dense)
-    found = vectors.group_scores(queries, LABELS).scores
-    assert found[0].isnan().all()
-    assert found[1:].isfinite().all()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_sums_of_a_query_that_is_not_finite_are_not_finite(gappy: InfluenceQuery, value: float) -> None:
+    queries = {name: DenseGradient(gradient.dense().clone()) for name, gradient in asked(gappy).items()}
+    for gradient in queries.values():
+        gradient.values[1, 0, 0] = value
+    found = gappy.group_scores(queries, {"some": [1, 2], "without": GAPS, "both": [4, 5]})
+    assert found.removal_effects is not None
+    for sums in (found.scores, found.removal_effects):
+        assert sums.isfinite().tolist() == [[True, False, True], [False] * 3, [True, False, True]]
 
 
 def test_groups_of_layers_add_up(vectors: InfluenceQuery) -> None:
@@ -325,6 +346,24 @@ def test_scores_between_rows_are_those_of_the_same_examples_as_queries(vectors: 
 def test_rows_that_are_not_there_have_no_scores_between(gappy: InfluenceQuery) -> None:
     missing = gappy.scores_between([4, 3, 18], [19, 3, 7]).isnan()
     assert missing.tolist() == [[True] * 3, [True, False, False], [True] * 3]
+
+
+def test_rows_that_are_queries_are_made_whole_some_at_a_time(
+    file: InfluenceQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    decoded = OpenSegment.decoded
+
+    def watched(self: OpenSegment, name: str, indices: np.ndarray) -> DenseGradient:
+        sizes.append(len(indices))
+        return decoded(self, name, indices)
+
+    monkeypatch.setattr(OpenSegment, "decoded", watched)
+    monkeypatch.setattr("lightning_influence.query.prepared.preconditioned_at_once", lambda layer, budget: 3)
+    found = file.scores_between(range(N))
+    assert sizes == [3, 3, 3, 3, 3, 3, 2] * len(file.layers)
+    monkeypatch.undo()
+    close(found, file.scores_between(range(N)).double(), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["indices", "other_indices"])

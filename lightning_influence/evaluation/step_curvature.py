@@ -11,14 +11,12 @@ trick for calculating Jacobian vector products"): g(u) = Jᵀ u is linear in u, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence.errors import LossNotRecognizedError
 from lightning_influence.layers import TrackedLayer
@@ -26,6 +24,7 @@ from lightning_influence.losses.call import LossCall
 from lightning_influence.losses.reading import LossReading
 from lightning_influence.losses.scale import weighed_readings
 from lightning_influence.solvers import CurvatureOperator
+from lightning_influence.solvers.objective import twice_differentiable
 from lightning_influence.step import StepCapture
 from lightning_influence.training.asking import back_propagated, training_objective
 
@@ -154,7 +153,7 @@ class StepGaussNewton(CurvatureOperator):
                     found.add_(_product(curved, self.vectors, vectors))
 
         with (
-            _plain_attention(),
+            twice_differentiable(),
             back_propagated(self.model, capture, batch, training_objective, before_backward=add),
         ):
             capture.clear()
@@ -226,15 +225,3 @@ def _product(curved: CurvedLoss, space: LayerVectors, vectors: Tensor) -> Tensor
         back = torch.autograd.grad(predictions, parameters, curvature, retain_graph=True, materialize_grads=True)
         row.copy_(torch.cat([gradient.flatten() for gradient in back]))
     return result
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """The fused kernels of attention have no second derivatives."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)

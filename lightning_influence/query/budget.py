@@ -10,9 +10,9 @@ from lightning_influence.codecs import Codec, EigenCodec
 from lightning_influence.scoring import ScoredLayer
 
 MEMORY_BUDGET = "1GB"
-CHUNK_BYTES = 2**22  # of stored rows worked on at a time, which caches hold, unpacked, in part
+CHUNK_BYTES = 2**21  # of stored rows worked on at a time, which caches hold, unpacked, in part
 LAYER_BYTES = 2**19  # of each layer, so that many layers have no small products
-CHUNKS_READ = 2  # from the disk at a time
+CHUNKS_READ = 4  # from the disk at a time
 CHUNKS_MAPPED = 3 * CHUNKS_READ  # those being read, worked on, and given back
 ROW_COPIES = 3  # of a layer's rows as float32 numbers
 SCORE_COPIES = 4

@@ -186,7 +186,7 @@ def test_pages_are_given_back_after_use(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     mapped = write_bytes(path, 24 * 2**20).reshape(96, -1)
     seen = []
-    for chunk in read_chunks({"a": {"x": mapped}}, Places(96), 1, CPU):  # of 256 KB, 0.5 MB at a time
+    for chunk in read_chunks({"a": {"x": mapped}}, Places(96), 1, CPU):  # of 256 KB, 1 MB at a time
         assert chunk.arrays["a"]["x"].any()
         seen.append(mapped_megabytes(path))
     # those before, these, the next, and at the edges what the system maps around a page, up to 2 MB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,9 @@ def test_the_advice_on_coarse_rows_can_be_followed(
     assert advice in str(caught[0].message)
 
 
-def test_bytes_of_an_error_budget_are_announced_as_a_bound(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        file_of(tmp_path / "influence.h5", error_budget=0.2)
-    assert any(" at most " in message and "bytes per row" in message for message in caplog.messages)
+def test_bytes_of_an_error_budget_are_announced_as_a_bound(tmp_path: Path, lines: Callable[[], list[str]]) -> None:
+    file_of(tmp_path / "influence.h5", error_budget=0.2)
+    assert any(" at most " in message and "bytes per row" in message for message in lines())
 
 
 def test_pairs_are_float16_where_int8_may_lose_too_much(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The callback's life in a real `Trainer`: what it leaves behind, whatever ends the run."""
 
 import csv
-import logging
 import multiprocessing
 import os
 import re
@@ -828,16 +827,6 @@ def test_a_declared_loss_is_captured(tmp_path: Path) -> None:
 
 
 # --- what is said ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """What Lightning's loggers show to a user."""
-    shown = logging.getLogger("lightning.pytorch")
-    shown.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger=shown.name)  # whatever scripts have made of it
-    yield lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
-    shown.removeHandler(caplog.handler)
 
 
 def test_the_log_says_at_the_start_what_will_be_captured(tmp_path: Path, lines: Callable[[], list[str]]) -> None:

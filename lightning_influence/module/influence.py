@@ -268,8 +268,8 @@ class InfluenceModule(VerifiedModel):
     ) -> Tensor:
         """Scores of training examples for training examples, from their stored rows, shape [m, n].
 
-        Symmetric for the same indices, with `self_influence` on the diagonal, to rounding; NaN for training
-        examples without a valid row.
+        Symmetric for the same indices, with `self_influence` on the diagonal, to rounding and without
+        `rank`; NaN for training examples without a valid row.
 
         Args:
             indices: dataset indices, each once, or a mask bool [N].

@@ -222,8 +222,8 @@ class InfluenceQuery(OpenSegment):
             options: see `QueryOptions`.
 
         Returns:
-            Shape [m, n], symmetric for the same indices, with `self_influence` on the diagonal, to rounding;
-            NaN for examples without a valid row.
+            Shape [m, n], symmetric for the same indices, with `self_influence` on the diagonal, to rounding (with
+            `rank` nearly); NaN for examples without a valid row.
         """
         where = str(self.store.path)
         chosen = as_indices(indices, self.num_examples, "indices", where)

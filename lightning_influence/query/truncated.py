@@ -1,7 +1,7 @@
 """Preconditioned queries of low rank, for rows that are pairs.
 
 A row d a^T meets a query V [o, i] in o i multiply-adds. Of V's nearest matrix of rank r, U W^T, it is
-(d . U)(a . W), 2 r (o + i) of them (TracIn's and LoGra's factors, on the query's side: the rows stay whole).
+(d . U)(a . W), 2 r (o + i) of them. The rows stay whole.
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ class TruncatedQueries:
     """Queries [q, o, i] as U W^T.
 
     Args:
-        matrices: the queries whole.
-        rank: of each; by a randomized range finder with a generator of its own (Halko et al. 2011,
-            arXiv:0909.4061, Algorithm 4.4).
+        matrices: the queries whole, of any size; one that is not finite has no scores.
+        rank: of each; by randomized subspace iteration with a generator of its own (Halko et al. 2011, "Finding
+            structure with randomness", arXiv:0909.4061).
 
     Attributes:
-        kept: of each query's squared norm, the share that is left, float32 [q].
+        kept: of each query's squared norm, the share that is left, float32 [q]; 1 of a query that is zero.
     """
 
     def __init__(self, matrices: Tensor, rank: int) -> None:
+        size = matrices.abs().amax((1, 2), keepdim=True)
+        has_size = size.isfinite() & (size > 0)
+        units = (matrices / size).where(has_size, 0.0)  # so that no square leaves float32
         generator = torch.Generator().manual_seed(0)
         width = min(rank + MORE, *matrices.shape[1:])
         start = torch.randn(matrices.shape[2], width, generator=generator).to(matrices)
-        left = torch.linalg.qr(matrices @ start).Q  # [q, o, r + more]
+        left = torch.linalg.qr(units @ start).Q  # [q, o, r + more]
         for _ in range(ITERATIONS):
-            left = torch.linalg.qr(matrices @ torch.linalg.qr(matrices.mT @ left).Q).Q
-        right = left.mT @ matrices  # [q, r + more, i]
-        best = torch.linalg.eigh((right @ right.mT).double()).eigenvectors[..., -rank:].to(matrices)
-        self._left, self._right = left @ best, right.mT @ best  # [q, o, r], [q, i, r]
-        total = matrices.square().sum((1, 2))
-        self.kept = (self._right.square().sum((1, 2)) / total.where(total > 0, 1)).where(total > 0, 1.0)
+            left = torch.linalg.qr(units @ torch.linalg.qr(units.mT @ left).Q).Q
+        right = left.mT @ units  # [q, r + more, i]
+        best = torch.linalg.eigh((right @ right.mT).cpu().double()).eigenvectors[..., -rank:].to(matrices)
+        right = right.mT @ best  # [q, i, r]
+        self._left = (left @ best) * size.where(size.isfinite(), torch.nan)  # [q, o, r]
+        self._right = right
+        shares = right.square().sum((1, 2)) / units.square().sum((1, 2))
+        self.kept = shares.where(has_size.flatten(), 1.0).where(size.flatten().isfinite(), torch.nan)
 
     def _of_inputs(self, rows: FactoredGradient) -> Tensor:
         """The rows' inputs times W, [n, s, q r]; a bias's ones are not written out."""

@@ -53,6 +53,25 @@ def test_zero_queries_have_zero_scores() -> None:
     assert not found.scores(FactoredGradient(torch.randn(3, 1, 6), torch.randn(3, 1, 4))).any()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_queries_of_any_size_are_cut_alike(size: float) -> None:
+    matrices, rows = decaying(3, 12, 30), FactoredGradient(torch.randn(5, 1, 30), torch.randn(5, 1, 12))
+    usual, found = TruncatedQueries(matrices, 3), TruncatedQueries(matrices * size, 3)
+    torch.testing.assert_close(found.kept, usual.kept)
+    torch.testing.assert_close(found.scores(rows) / size, usual.scores(rows), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_query_that_is_not_finite_has_no_scores_and_spoils_no_other(value: float) -> None:
+    matrices, rows = decaying(3, 12, 30), FactoredGradient(torch.randn(5, 1, 30), torch.randn(5, 1, 12))
+    usual = TruncatedQueries(matrices, 3)
+    matrices[1, 2, 3] = value
+    found = TruncatedQueries(matrices, 3)
+    assert found.kept.isnan().tolist() == [False, True, False]
+    assert found.scores(rows)[1].isnan().all()
+    torch.testing.assert_close(found.scores(rows)[[0, 2]], usual.scores(rows)[[0, 2]])
+
+
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> InfluenceQuery:
     return FILES["pairs-float32"](tmp_path_factory.mktemp("vectors") / "rows.h5")

@@ -196,22 +196,36 @@ def gauss_newton_check(subject: Subject, reference: GaussNewtonReference) -> Che
     if not reference.is_whole and len(used.batches) > 1:
         halves = [reference.solve(used.every_second(start), is_relative=False)[0] for start in (0, 1)]
         figures["reference_halves"] = agreement(*halves)
-    return Check("gauss-newton", QUESTION, _words(figures), figures, figures["spearman"])
+        figures["reference_ceiling"] = ceiling_of(figures["reference_halves"])
+    return Check("gauss-newton", QUESTION, _words(figures), figures, judged(figures))
+
+
+def ceiling_of(halves: float) -> float:
+    """What perfect scores would have, by how halves of a reference agree (Spearman and Brown's formula)."""
+    return math.sqrt(2 * halves / (1 + halves)) if halves > 0 else 0.0
+
+
+def judged(found: Mapping[str, Any]) -> float:
+    """The figure of the verdict; NaN if it is poor, but perfect scores would not have looked fair either."""
+    ceiling = found.get("reference_ceiling", 1.0)
+    return math.nan if max(found["spearman"], ceiling) < FAIR else found["spearman"]
 
 
 def _words(found: Mapping[str, Any]) -> str:
     answer = (
         "Scores from the file against conjugate gradients on the Gauss-Newton matrix of "
-        f"{found['examples']:,} training examples, at the same damping; {found['queries']} queries. Pearson "
-        f"{found['pearson']:.3f}; of each top {TOP} they share {found['top_overlap']:.0%}. The matrix is "
-        f"{found['size_against_factors']:.2g} times as large as the file's factors; with the damping as much "
-        f"larger, Spearman {found['spearman_at_relative_damping']:.3f}, Pearson "
-        f"{found['pearson_at_relative_damping']:.3f}, shared {found['top_overlap_at_relative_damping']:.0%}."
+        f"{found['examples']:,} training examples, at the same damping; {found['queries']} queries. "
+        f"Spearman {found['spearman']:.3f}, Pearson {found['pearson']:.3f}; of each top {TOP} they share "
+        f"{found['top_overlap']:.0%}. The matrix is {found['size_against_factors']:.2g} times as large as the "
+        f"file's factors; with the damping as much larger, Spearman {found['spearman_at_relative_damping']:.3f}, "
+        f"Pearson {found['pearson_at_relative_damping']:.3f}, shared "
+        f"{found['top_overlap_at_relative_damping']:.0%}."
     )
     if "reference_halves" in found:
         answer += (
             " Solved on either half of these examples, the reference agrees with itself at "
-            f"{found['reference_halves']:.3f}: the rest is its own noise, of which more `minutes=` leave less."
+            f"{found['reference_halves']:.3f}, so that perfect scores would have about "
+            f"{found['reference_ceiling']:.2f}; more `minutes=` leave less noise."
         )
     if found["largest_residual"] > 10 * RTOL:
         answer += (

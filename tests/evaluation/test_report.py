@@ -19,7 +19,13 @@ from lightning_influence.errors import QueryError
 from lightning_influence.evaluation import pbrf, report_pbrf
 from lightning_influence.evaluation.report import Check, VerificationReport
 from lightning_influence.evaluation.report_file import Drawn, halves_check, top_overlap
-from lightning_influence.evaluation.report_reference import GaussNewtonReference, Sample, gauss_newton_check
+from lightning_influence.evaluation.report_reference import (
+    GaussNewtonReference,
+    Sample,
+    ceiling_of,
+    gauss_newton_check,
+    judged,
+)
 from lightning_influence.evaluation.report_run import Verification
 from lightning_influence.solvers import GaussNewtonOperator
 from tests.integration.lifecycle_models import HandwrittenLoss, make_trainer
@@ -252,6 +258,28 @@ def test_a_part_of_the_training_set_is_held_against_itself(run: Run):
     assert check.figures["examples"] == 64
     assert "agrees with itself" in check.answer
     assert check.value - 0.3 < check.figures["reference_halves"] < 1
+
+
+@pytest.mark.parametrize(
+    ("found", "value"),
+    [
+        ({"spearman": 0.3}, 0.3),  # the reference is of all examples
+        ({"spearman": 0.3, "reference_ceiling": 0.9}, 0.3),
+        ({"spearman": 0.3, "reference_ceiling": 0.7}, None),
+        ({"spearman": 0.85, "reference_ceiling": 0.7}, 0.85),
+    ],
+)
+def test_scores_are_not_called_poor_where_the_reference_is(found: dict[str, float], value: float | None):
+    assert judged(found) == value if value is not None else np.isnan(judged(found))
+
+
+def test_the_ceiling_of_a_reference_is_that_of_doubled_halves():
+    generator = np.random.default_rng(0)
+    truth, halves = generator.normal(size=20000), generator.normal(size=(2, 20000))
+    halves = truth + 1.5 * halves
+    found = ceiling_of(np.corrcoef(halves)[0, 1])
+    assert found == pytest.approx(np.corrcoef(truth, halves.mean(0))[0, 1], abs=0.01)
+    assert ceiling_of(-0.1) == 0
 
 
 def test_refuses_no_time(run: Run):

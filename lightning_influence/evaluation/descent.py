@@ -18,6 +18,7 @@ from lightning_influence.solvers import SolveInfo
 MEMORY = 8
 HALVINGS = 20
 OVERSHOOT = 0.5  # of the slope before a step, what it may have in the other direction after it
+FARTHEST = 10.0  # of the gradient at the start, what it may grow to: the minimum that is sought is near
 
 Gradients = Callable[[Tensor, Tensor], Tensor]
 Precondition = Callable[[Tensor], Tensor]
@@ -39,7 +40,10 @@ class Minimum:
 def minimize_rows(
     gradients: Gradients, start: Tensor, precondition: Precondition, *, rtol: float, maxiter: int
 ) -> Minimum:
-    """Follow m objectives downhill until each gradient is small.
+    """Follow m objectives downhill until each gradient is small, to minima near the start.
+
+    Objectives may have no lowest value, as those of deep networks far from their weights: a step after which
+    the slope is steeper is not taken: on the way to a minimum slopes flatten.
 
     Args:
         gradients: of rows of parameters [k, p] and which objectives they are of, int64 [k]; gives [k, p].
@@ -50,8 +54,8 @@ def minimize_rows(
     """
     x = start.clone()
     g = gradients(x, torch.arange(len(x), device=x.device))
-    limit = rtol * g.norm(dim=1)
     size = g.norm(dim=1)
+    limit, most = rtol * size, FARTHEST * size
     iterations = torch.zeros(len(x), dtype=torch.int64)
     history = _History(MEMORY)
     active = (size > limit).nonzero().flatten()
@@ -60,7 +64,7 @@ def minimize_rows(
             break
         before, slope_of = x[active], g[active]
         direction = -history.inverse_product(slope_of, precondition, active)
-        moved, after, took = _line_search(gradients, before, slope_of, direction, active)
+        moved, after, took = _line_search(gradients, before, slope_of, direction, active, most[active])
         history.add(moved - before, after - slope_of, active, len(x))
         x[active], g[active] = moved, after
         iterations[active.cpu()] += 1
@@ -71,9 +75,9 @@ def minimize_rows(
 
 
 def _line_search(
-    gradients: Gradients, x: Tensor, g: Tensor, direction: Tensor, rows: Tensor
+    gradients: Gradients, x: Tensor, g: Tensor, direction: Tensor, rows: Tensor, most: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve each row's step until it does not overshoot; rows for which none is found stay where they are."""
+    """Halve each row's step until it does not overshoot, nor lead away; rows for which none is found stay."""
     slope = (g * direction).sum(1)
     steepest = slope >= 0  # the history has misled: start from the gradient
     direction = torch.where(steepest.unsqueeze(1), -g, direction)
@@ -86,8 +90,9 @@ def _line_search(
             break
         tried = x[open_rows] + step * direction[open_rows]
         found = gradients(tried, rows[open_rows])
-        is_fine = (found * direction[open_rows]).sum(1) <= -OVERSHOOT * slope[open_rows]
-        is_fine &= found.isfinite().all(1)
+        ahead, behind = (found * direction[open_rows]).sum(1), slope[open_rows]  # behind < 0
+        is_fine = (behind <= ahead) & (ahead <= -OVERSHOOT * behind)
+        is_fine &= found.norm(dim=1) <= most[open_rows]  # and so finite
         chosen = open_rows[is_fine]
         moved[chosen], after[chosen], took[chosen] = tried[is_fine], found[is_fine], True
         step /= 2

@@ -111,14 +111,15 @@ def _answer(subject: Subject, used: Sample, chosen: np.ndarray, responses: Tenso
     answer = (
         "Scores from the file against proximal Bregman responses (Bae et al. 2022) to removing each of "
         f"{len(chosen)} examples, half of them from the ends of the queries' lists, half random; the outputs of "
-        f"{len(used):,} examples are held, at the same damping. Pearson {pearson:.3f}; responses are {slope:.2g} "
-        "times as large as scores say."
+        f"{len(used):,} examples are held, at the same damping."
     )
-    if residual > 2 * RTOL:
-        answer += f" The responses did not converge (gradient left: {residual:.2g} of the first)."
+    left = f"gradient left: {residual:.2g} of the first"
     if residual > MOST_LEFT:
-        answer += " So this says nothing of the scores; with more damping they would converge."
-        return Check("pbrf", QUESTION, answer, figures)
+        answer += f" The responses did not converge ({left}), so that this says nothing of the scores; with more "
+        return Check("pbrf", QUESTION, f"{answer}damping they would.", figures)
+    answer += f" Pearson {pearson:.3f}; responses are {slope:.2g} times as large as scores say."
+    if residual > 2 * RTOL:
+        answer += f" The responses did not converge ({left})."
     if value < FAIR:
         answer += " Few examples make this figure rough; see gauss-newton for what the difference is made of."
     return Check("pbrf", QUESTION, answer, figures, value)

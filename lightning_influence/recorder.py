@@ -8,7 +8,6 @@ has none yet sends all blocks to a temporary spool, which is read again once at 
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -51,8 +50,7 @@ class Recorder:
         error_budget: as for `RowFile.lay_out`.
         keep_covariances: also sum the covariances of layers that have a basis, for the next epoch's.
         covariance_positions: how many positions of each example enter the covariances; None for all.
-        covariance_stride: every how many-th block enters those of layers whose rows need no basis, at random
-            with a seed; the first one always does.
+        makes_factors: whether `factors` will be called; rows that are merged later need no covariances.
         at_once: encode each step's gradients as soon as there are any, and gather no blocks.
         has_own_labels: whether covariances and Lambda are of gradients that `add_labels` is given, and not of
             those of the rows.
@@ -73,14 +71,12 @@ class Recorder:
         error_budget: float | None = None,
         keep_covariances: bool = False,
         covariance_positions: int | None = None,
-        covariance_stride: int = 1,
+        makes_factors: bool = True,
         at_once: bool = False,
         has_own_labels: bool = False,
         processes: Processes = ALONE,
     ) -> None:
         self.plans = plans
-        self._stride, self._random = covariance_stride, random.Random(writer.segment)
-        self._blocks_to_skip = 0  # before the next whose covariances are summed
         self._at_once = at_once
         self._block_examples = 1 if at_once else BLOCK_EXAMPLES
         self.writer = writer
@@ -93,7 +89,9 @@ class Recorder:
         self.covariances = {
             name: KroneckerCovariance(p.shape, p.structure, positions=covariance_positions, sync_on_compute=False)
             for name, p in plans.items()
-            if not p.structure.is_diagonal and (keep_covariances or p.codec != "eigen" or name in without_basis)
+            if makes_factors
+            and not p.structure.is_diagonal
+            and (keep_covariances or p.codec != "eigen" or name in without_basis)
         }
         self.labels = LabelFactors(plans, self.covariances, self._bases, writer.path) if has_own_labels else None
         self._chooses_coordinates = any(plan.codec == "eigen" for plan in plans.values())
@@ -187,7 +185,7 @@ class Recorder:
     def _encoded(self, name: str, gradient: LayerGradient, record: LayerRecord) -> EncodedGradient:
         check_gradients({name: self.plans[name]}, {name: gradient})
         finite = gradient.is_finite()
-        if name in self.covariances and self.labels is None and not self._blocks_to_skip:
+        if name in self.covariances and self.labels is None:
             self.covariances[name].to(gradient.device).update(gradient if finite.all() else gradient[finite])
         return EncodedGradient(record.add(gradient), finite, gradient.shape)
 
@@ -376,10 +374,6 @@ class Recorder:
             self._rows.write_invalid(invalid)
         if not len(block):
             return None
-        if self._blocks_to_skip:
-            self._blocks_to_skip -= 1
-            return block
-        self._blocks_to_skip = self._random.randrange(2 * self._stride - 1)
         for name, metric in self.covariances.items() if self.labels is None else ():
             if not isinstance(block.gradients[name], Coordinates | EncodedGradient):
                 metric.to(block.device).update(block.gradients[name])

@@ -27,8 +27,6 @@ from lightning_influence.training.staleness import Agreement
 from lightning_influence.training.tracking import LayerTracking
 from lightning_influence.trajectory import Trajectory, epoch_writer
 
-COVARIANCE_EXAMPLES = 4096  # or positions, of all epochs together, that are enough for the covariances
-COVARIANCE_STRIDE = 8  # at most every how many-th step enters them
 EPOCH_FACTS = ("step_start", "step_end", "is_whole", "is_resumed", "batches_captured")
 NOTE = "rows are sums over epochs"
 
@@ -81,14 +79,10 @@ class TrajectoryCapture:
                 f"{self._trajectory.epochs[0].writer.num_examples} in epoch {others[0]}: rows of one index may be "
                 'of several examples; pass `trajectory="segments"` or `epochs="last"`.'
             )
-        rotated = [plan.positions for plan in plans.values() if not plan.structure.is_diagonal]
-        positions = max(1, min(rotated, default=1))
-        stride = num_examples * self._num_epochs * positions // COVARIANCE_EXAMPLES
         return Recorder(
             epoch_writer(self._path, epoch, num_examples=num_examples, store_id=self._store_id),
             plans,
-            covariance_positions=self._options.covariance_positions,
-            covariance_stride=max(1, min(COVARIANCE_STRIDE, stride)),
+            makes_factors=False,
             at_once=not capture.is_in_background,
             processes=self._processes,
         )

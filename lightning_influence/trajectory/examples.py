@@ -39,6 +39,12 @@ class Examples:
         """Up to so many examples, at random but always the same."""
         return np.random.default_rng(0).permutation(np.flatnonzero(self.valid))[:size]  # an own generator
 
+    def sample_in(self, number: int, size: int) -> np.ndarray:
+        """Up to so many examples that an epoch has seen, in order; for each epoch others, if there are enough."""
+        seen = self.sample(len(self.valid))
+        seen = np.roll(seen, -number * size)
+        return np.sort(seen[self._times[number][seen] > 0][:size])
+
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         """The examples that have a row, some at a time."""
         valid = np.flatnonzero(self.valid)

@@ -7,32 +7,29 @@ has trained on example n (nearly always once),
     G_n = sum_e w_e c_en G_en / sum_e w_e,
 
 the sum of TracIn (Pruthi et al. 2020, arXiv:2002.08484), but for the query's gradient, which is that of
-the final weights, and in EK-FAC's metric: basis and Lambda are those of the epochs' Fisher matrices averaged
-with the same weights. The weight is the epoch's and never a step's: within one epoch of a decaying schedule, a
-step's would weigh examples by their place in the shuffled order. An epoch that did not see an example, or had no
-finite gradient of it, adds nothing to its row.
+the final weights, and in EK-FAC's metric, with Lambda averaged over the epochs with the same weights. Its basis
+is that of the gradients' own covariances (`functional.gradient_covariance`), made of rows alone, and predicts
+retraining better than K-FAC's. The weight is the epoch's and never a step's: within one epoch of a decaying
+schedule, a step's would weigh examples by their place in the shuffled order. An epoch that did not see an example,
+or had no finite gradient of it, adds nothing to its row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_influence.background import side_by_side
-from lightning_influence.codecs import DenseCodec, EigenCodec, allocate
+from lightning_influence.codecs import EigenCodec, allocate
 from lightning_influence.curvature import HeuristicDamping, get_curvature
 from lightning_influence.errors import CaptureError
-from lightning_influence.functional.eigenvalues import second_moment_sum
-from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
 from lightning_influence.functional.products import inner_products
-from lightning_influence.gradients import DenseGradient, FactoredGradient, LayerGradient
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.layer_record import describe_layers
 from lightning_influence.metrics import mean_rank_correlation
@@ -43,15 +40,16 @@ from lightning_influence.row_file import RecordedCounts, specs
 from lightning_influence.scoring import ScoredLayer
 from lightning_influence.store import StoreWriter
 from lightning_influence.trajectory.examples import Examples
+from lightning_influence.trajectory.layer import LayerTrajectory
 from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 
-CHUNK_BYTES = 4 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 SAMPLES = 1024  # gradients, of all epochs together, of which Lambda is made
 SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
-SAMPLED_PRODUCTS = 5 * 10**10  # multiply-adds for a layer's Lambda, of gradients that are no pairs
-SAMPLED_AT_LEAST = 32  # examples, whatever that takes
+TRIED_AT_LEAST = 32  # examples, whatever memory that takes
 QUERIES = 16
 TRIED_ELEMENTS = 2**27  # of gradients that are in memory at once, unless that is too few examples
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,6 @@ class Trajectory:
     def __init__(self, processes: Processes = ALONE) -> None:
         self.epochs: list[EpochRows] = []
         self._processes = processes
-        self._covariances: dict[str, list[Tensor]] = {}  # by layer: weighted sums of A and S, on the CPU
-        self._covariance_weights: dict[str, float] = {}
 
     def add(
         self, recorder: Recorder, *, epoch: int, weights: Mapping[str, float], facts: Mapping[str, Any]
@@ -102,15 +98,6 @@ class Trajectory:
         """
         recorder.end_rows()
         with self._processes.together():
-            for name, metric in recorder.covariances.items():
-                factors = [factor.detach().cpu() * weights[name] for factor in metric.compute()]
-                earlier = self._covariances.get(name)
-                if earlier is not None and [a.shape for a in earlier] == [b.shape for b in factors]:
-                    factors = [a + b for a, b in zip(earlier, factors, strict=True)]
-                    self._covariance_weights[name] += weights[name]
-                else:  # the first epoch, or the first one with a bias or without
-                    self._covariance_weights[name] = weights[name]
-                self._covariances[name] = factors
             counts = {f"rows_{name}": count for name, count in asdict(recorder.counts()).items()}
             if not self._processes.is_first:
                 recorder.writer.leave()
@@ -129,21 +116,17 @@ class Trajectory:
             CaptureError: if there are no epochs, or all weights are zero or not finite.
         """
         examples = Examples(self.epochs, writer.num_examples)
-        weights = self._weights()
+        trajectories = self._layers(examples)
         sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
-        bases = dict(zip(weights, side_by_side(self._basis, weights), strict=True))
-
-        def mean_squares(name: str) -> Tensor:
-            return self._mean_squares(name, bases[name], sample, examples, weights[name])
-
-        Lambdas = dict(zip(bases, side_by_side(mean_squares, bases), strict=True))
+        bases = _by_layer(LayerTrajectory.basis, trajectories)
+        Lambdas = _by_layer(lambda layer, basis: layer.mean_squares(basis, sample), trajectories, bases)
         if error_budget is not None and len(sample) < LEAST_EXAMPLES:
             bytes_per_example = bytes_untried(len(sample), bytes_per_example)
         elif error_budget is not None:
             tried = sample[:SAMPLED_EXAMPLES][
-                : max(SAMPLED_AT_LEAST, TRIED_ELEMENTS // sum(L.numel() for L in Lambdas.values()))
+                : max(TRIED_AT_LEAST, TRIED_ELEMENTS // sum(L.numel() for L in Lambdas.values()))
             ]
-            gradients = {name: self._summed(name, tried, examples, weights[name]) for name in bases}
+            gradients = {name: layer.summed(tried) for name, layer in trajectories.items()}
             bytes_per_example = RowTrial(bases, Lambdas, gradients).least_bytes(error_budget, bytes_per_example)
         chosen = allocate(Lambdas, bytes_per_example)
         codecs = {name: EigenCodec.of(basis, chosen[name]) for name, basis in bases.items()}
@@ -151,20 +134,17 @@ class Trajectory:
         writer.create({name: specs(codec) for name, codec in codecs.items()})
 
         def encoded(rows: np.ndarray) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
-            arrays = {
-                name: codec.encode(self._summed(name, rows, examples, weights[name]))
-                for name, codec in codecs.items()
-            }
+            arrays = {name: codec.encode(trajectories[name].summed(rows)) for name, codec in codecs.items()}
             return rows, {name: {key: a.numpy() for key, a in named.items()} for name, named in arrays.items()}
 
         for codec in codecs.values():
             _ = codec.selection  # made once, before threads ask for it
         for rows, arrays in side_by_side(
-            encoded, examples.chunks(min(self._chunk_examples(name) for name in weights))
+            encoded, examples.chunks(min(layer.chunk_examples for layer in trajectories.values()))
         ):
             writer.write_rows(rows, columns=examples.columns(rows), arrays=arrays)
         examples.write_invalid(writer)
-        agreement = self._agreement(layers, sample[:SAMPLED_EXAMPLES], examples, weights)
+        agreement = _agreement(layers, sample[:SAMPLED_EXAMPLES], trajectories)
         return Merged(layers, examples.counts(), agreement)
 
     def finish(
@@ -192,8 +172,6 @@ class Trajectory:
     def state(self) -> dict[str, Any]:
         """What `resume` needs, in plain values."""
         return {
-            "covariances": {name: list(sums) for name, sums in self._covariances.items()},
-            "covariance_weights": dict(self._covariance_weights),
             "epochs": [
                 {
                     "epoch": epoch.epoch,
@@ -225,8 +203,6 @@ class Trajectory:
         Raises:
             StoreError: if a file is of another run or layout.
         """
-        self._covariances = {name: list(sums) for name, sums in state["covariances"].items()}
-        self._covariance_weights = dict(state["covariance_weights"])
         for entry in state["epochs"]:
             writer = epoch_writer(path, entry["epoch"], num_examples=num_examples, store_id=store_id)
             writer.partial_path = path.with_name(entry["unfinished"])
@@ -271,8 +247,8 @@ class Trajectory:
         plan = self._plans[name]
         return [epoch.weights[name] if epoch.has(name, plan) else 0.0 for epoch in self.epochs]
 
-    def _weights(self) -> dict[str, list[float]]:
-        """By layer, each epoch's share of the sum."""
+    def _layers(self, examples: Examples) -> dict[str, LayerTrajectory]:
+        """Those that learnt, by name."""
         if not self.epochs:
             raise CaptureError("There are no captured epochs to merge.")
         weights = {name: self._weights_of(name) for name in self._plans}
@@ -286,98 +262,44 @@ class Trajectory:
                 f"{own}, which gives epochs no weights; "
                 'pass `trajectory="segments"`, which keeps epochs apart.'
             )
-        return shares
+        return {
+            name: LayerTrajectory(name, self._plans[name], self.epochs, own, examples)
+            for name, own in shares.items()
+        }
 
-    def _basis(self, name: str) -> Eigenbasis:
-        plan = self._plans[name]
-        if plan.structure.is_diagonal:
-            return diagonal_basis(plan.shape)
-        A, S = (factor / self._covariance_weights[name] for factor in self._covariances[name])
-        return eigenbasis(A, S, plan.structure)
 
-    def _mean_squares(
-        self, name: str, basis: Eigenbasis, sample: np.ndarray, examples: Examples, weights: list[float]
-    ) -> Tensor:
-        """Mean squared coordinates of the sampled examples' gradients, averaged over the epochs that saw any."""
-        o, i = basis.shape
-        if self._plans[name].codec == "dense":  # each is rotated whole
-            affordable = SAMPLED_PRODUCTS // (o * i * (o + i) * len(self.epochs))
-            sample = sample[: max(SAMPLED_AT_LEAST, affordable)]
-        total, step, shares = torch.zeros(basis.shape), self._chunk_examples(name), 0.0
-        for epoch, times, share in zip(self.epochs, examples.times_of(sample), weights, strict=True):
-            seen = np.repeat(sample, times) if share else sample[:0]
-            shares += share if len(seen) else 0.0
-            for start in range(0, len(seen), step):
-                gradient = epoch.read(name, seen[start : start + step])
-                total += second_moment_sum(gradient, basis) * (share / len(seen))
-        return total / shares if shares else total
+def _by_layer(
+    function: Callable[..., _Made], layers: Mapping[str, LayerTrajectory], *others: Mapping[str, Any]
+) -> dict[str, _Made]:
+    """What a function makes of each layer, side by side."""
+    made = side_by_side(lambda name: function(layers[name], *(other[name] for other in others)), layers)
+    return dict(zip(layers, made, strict=True))
 
-    def _summed(self, name: str, rows: np.ndarray, examples: Examples, weights: list[float]) -> LayerGradient:
-        """The weighted sum over the epochs of some examples' gradients."""
-        pairs: list[FactoredGradient] = []
-        is_dense = self._is_dense(name)
-        dense = torch.zeros(len(rows) if is_dense else 0, *self._plans[name].shape)
-        for epoch, times, share in zip(self.epochs, examples.times_of(rows), weights, strict=True):
-            factors = torch.from_numpy(times * share).float()
-            if not factors.any():
-                continue
-            codec, arrays = epoch.plans[name].codec_without_basis(), epoch.arrays(name, rows)
-            if isinstance(codec, DenseCodec):
-                codec.add_to(dense, arrays, factors)
-                continue
-            own = codec.decode_gradient(arrays)
-            own.output_grads.mul_(factors.view(-1, 1, 1))
-            if is_dense:  # as where an earlier epoch had longer examples
-                dense += own.dense()
-            elif pairs and torch.equal(own.tensors[0], pairs[-1].tensors[0]):  # data that is not augmented
-                pairs[-1].output_grads.add_(own.output_grads)
-            else:
-                pairs.append(own)
-        if is_dense:
-            return DenseGradient(dense)
-        if not pairs:
-            return DenseGradient(torch.zeros(len(rows), *self._plans[name].shape))
-        return FactoredGradient(
-            torch.cat([own.inputs for own in pairs], dim=1), torch.cat([own.output_grads for own in pairs], dim=1)
+
+def _agreement(
+    layers: Mapping[str, ScoredLayer], sample: np.ndarray, trajectories: Mapping[str, LayerTrajectory]
+) -> float:
+    """Of scores of stored and of exact rows; queries are gradients of the last epoch."""
+    if len(sample) < 3:
+        return math.nan
+    asked_rows = sample[:QUERIES]
+    scores = torch.zeros(2, len(asked_rows), len(sample))
+    for name, layer in layers.items():
+        inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
+        trajectory = trajectories[name]
+        step = trajectory.chunk_examples
+        asked = torch.cat(
+            [
+                layer.basis.rotate(trajectory.last(asked_rows[start : start + step])) * inverse
+                for start in range(0, len(asked_rows), step)
+            ]
         )
-
-    def _chunk_examples(self, name: str) -> int:
-        """How many examples' gradients of a layer are added up at a time."""
-        plan = self._plans[name]
-        o, i = plan.shape
-        most = 2 * o * i if self._is_dense(name) else len(self.epochs) * plan.positions * (o + i)
-        return max(1, min(512, CHUNK_BYTES // (4 * most)))
-
-    def _is_dense(self, name: str) -> bool:
-        return any(name in epoch.plans and epoch.plans[name].codec == "dense" for epoch in self.epochs)
-
-    def _agreement(
-        self,
-        layers: Mapping[str, ScoredLayer],
-        sample: np.ndarray,
-        examples: Examples,
-        weights: Mapping[str, list[float]],
-    ) -> float:
-        """Of scores of stored and of exact rows; queries are gradients of the last epoch."""
-        if len(sample) < 3:
-            return math.nan
-        asked_rows = sample[:QUERIES]
-        scores = torch.zeros(2, len(asked_rows), len(sample))
-        for name, layer in layers.items():
-            inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
-            step = self._chunk_examples(name)
-            asked = torch.cat(
-                [
-                    layer.basis.rotate(self.epochs[-1].read(name, asked_rows[start : start + step])) * inverse
-                    for start in range(0, len(asked_rows), step)
-                ]
-            )
-            projected, back = layer.codec.project(asked, layer.basis), layer.basis.rotate_back(asked)
-            for start in range(0, len(sample), step):
-                part = slice(start, start + step)
-                rows = self._summed(name, sample[part], examples, weights[name])
-                scores[0, :, part] += layer.codec.scores(projected, layer.codec.encode(rows))
-                scores[1, :, part] += inner_products(rows, back)
-        others = ~torch.eye(len(asked_rows), len(sample), dtype=torch.bool)  # a query's own row is no news
-        stored, exact = (each[others].view(len(asked_rows), -1) for each in scores)
-        return mean_rank_correlation(stored, exact)
+        projected, back = layer.codec.project(asked, layer.basis), layer.basis.rotate_back(asked)
+        for start in range(0, len(sample), step):
+            part = slice(start, start + step)
+            rows = trajectory.summed(sample[part])
+            scores[0, :, part] += layer.codec.scores(projected, layer.codec.encode(rows))
+            scores[1, :, part] += inner_products(rows, back)
+    others = ~torch.eye(len(asked_rows), len(sample), dtype=torch.bool)  # a query's own row is no news
+    stored, exact = (each[others].view(len(asked_rows), -1) for each in scores)
+    return mean_rank_correlation(stored, exact)

@@ -1,7 +1,8 @@
 """The trajectory from its definition: weighted sums over epochs, in one eigenbasis, densely in float64.
 
 G_n = sum_e w_e c_en G_en / sum_e w_e, with w_e an epoch's weight and c_en how often it trained on example n
-(Pruthi et al. 2020, arXiv:2002.08484, for the sum; A, S and Lambda are averaged with the same weights).
+(Pruthi et al. 2020, arXiv:2002.08484, for the sum). A = E[G^T G], S = E[G G^T] and Lambda are averaged with the
+same weights.
 """
 
 from __future__ import annotations
@@ -46,10 +47,9 @@ def averaged_fisher(epochs: Sequence[Epoch]) -> tuple[Tensor, Tensor, Tensor]:
     weight = sum(epoch.weight for epoch in epochs)
     A = S = 0.0
     for epoch in epochs:
-        seen = epoch.times > 0
-        a, d = (values[seen] for values in (epoch.inputs, epoch.output_grads))
-        A = A + epoch.weight / weight * a.T @ a / len(a)
-        S = S + epoch.weight / weight * d.T @ d / len(d)
+        G = epoch.gradients[epoch.times > 0]
+        A = A + epoch.weight / weight * (G.mT @ G).mean(0)
+        S = S + epoch.weight / weight * (G @ G.mT).mean(0)
     Q_A, Q_S = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(S).eigenvectors
     Lambda = 0.0
     for epoch in epochs:

@@ -31,7 +31,8 @@ class LayerTrajectory:
         name: of the layer.
         plan: of it, as it was trained last.
         epochs: one after the other.
-        shares: of each in the sum; 0 where the layer was not trained, or was another matrix.
+        shares: of each in the sum; 0 where the layer was not trained, or was another matrix. Curvature is the mean
+            over the others.
         examples: what the epochs' columns say.
     """
 
@@ -82,7 +83,7 @@ class LayerTrajectory:
         return self._epochs[-1].read(self._name, rows)
 
     def basis(self) -> Eigenbasis:
-        """Of the gradients' covariances, averaged over the epochs; in each other examples are drawn."""
+        """Of the gradients' covariances, averaged over the epochs, of each of which other examples are drawn."""
         plan = self._plan
         if plan.structure.is_diagonal:
             return diagonal_basis(plan.shape)
@@ -93,7 +94,7 @@ class LayerTrajectory:
             rows = self._examples.sample_in(number, each if share else 0)
             for start in range(0, len(rows), self.chunk_examples):
                 part = rows[start : start + self.chunk_examples]
-                covariance.add(self._epochs[number].read(self._name, part), share / len(rows))
+                covariance.add(self._epochs[number].read(self._name, part), 1 / len(rows))
         return eigenbasis(*covariance.compute(), plan.structure)
 
     def mean_squares(self, basis: Eigenbasis, sample: np.ndarray) -> Tensor:
@@ -102,11 +103,11 @@ class LayerTrajectory:
         if self._plan.codec == "dense":  # each is rotated whole
             affordable = LAMBDA_PRODUCTS // (o * i * (o + i) * len(self._epochs))
             sample = sample[: max(LAMBDA_AT_LEAST, affordable)]
-        total, step, shares = torch.zeros(basis.shape), self.chunk_examples, 0.0
+        total, step, epochs = torch.zeros(basis.shape), self.chunk_examples, 0
         for epoch, times, share in zip(self._epochs, self._examples.times_of(sample), self._shares, strict=True):
             seen = np.repeat(sample, times) if share else sample[:0]
-            shares += share if len(seen) else 0.0
+            epochs += len(seen) > 0
             for start in range(0, len(seen), step):
                 gradient = epoch.read(self._name, seen[start : start + step])
-                total += second_moment_sum(gradient, basis) * (share / len(seen))
-        return total / shares if shares else total
+                total += second_moment_sum(gradient, basis) / len(seen)
+        return total / max(1, epochs)

@@ -7,11 +7,13 @@ has trained on example n (nearly always once),
     G_n = sum_e w_e c_en G_en / sum_e w_e,
 
 the sum of TracIn (Pruthi et al. 2020, arXiv:2002.08484), but for the query's gradient, which is that of
-the final weights, and in EK-FAC's metric, with Lambda averaged over the epochs with the same weights. Its basis
-is that of the gradients' own covariances (`functional.gradient_covariance`), made of rows alone, and predicts
-retraining better than K-FAC's. The weight is the epoch's and never a step's: within one epoch of a decaying
-schedule, a step's would weigh examples by their place in the shuffled order. An epoch that did not see an example,
-or had no finite gradient of it, adds nothing to its row.
+the final weights, and in EK-FAC's metric. The weight is the epoch's and never a step's: within one epoch of a
+decaying schedule, a step's would weigh examples by their place in the shuffled order. An epoch that did not see an
+example, or had no finite gradient of it, adds nothing to its row.
+
+Curvature is the plain mean over the epochs. Its basis is that of the gradients' own covariances
+(`functional.gradient_covariance`), made of rows alone. Both predict retraining better than K-FAC's basis and than
+means weighted by learning rates (`examples/benchmarks/lds.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The trajectory from its definition: weighted sums over epochs, in one eigenbasis, densely in float64.
 
 G_n = sum_e w_e c_en G_en / sum_e w_e, with w_e an epoch's weight and c_en how often it trained on example n
-(Pruthi et al. 2020, arXiv:2002.08484, for the sum). A = E[G^T G], S = E[G G^T] and Lambda are averaged with the
-same weights.
+(Pruthi et al. 2020, arXiv:2002.08484, for the sum). A = E[G^T G], S = E[G G^T] and Lambda are means over the
+epochs.
 """
 
 from __future__ import annotations
@@ -44,17 +44,16 @@ def merged_gradients(epochs: Sequence[Epoch]) -> Tensor:
 
 def averaged_fisher(epochs: Sequence[Epoch]) -> tuple[Tensor, Tensor, Tensor]:
     """Q_A, Q_S and Lambda of examples that every epoch saw as `times` says."""
-    weight = sum(epoch.weight for epoch in epochs)
     A = S = 0.0
     for epoch in epochs:
         G = epoch.gradients[epoch.times > 0]
-        A = A + epoch.weight / weight * (G.mT @ G).mean(0)
-        S = S + epoch.weight / weight * (G @ G.mT).mean(0)
+        A = A + (G.mT @ G).mean(0) / len(epochs)
+        S = S + (G @ G.mT).mean(0) / len(epochs)
     Q_A, Q_S = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(S).eigenvectors
     Lambda = 0.0
     for epoch in epochs:
         squares = (Q_S.T @ epoch.gradients @ Q_A).square() * epoch.times[:, None, None]
-        Lambda = Lambda + epoch.weight / weight * squares.sum(0) / epoch.times.sum()
+        Lambda = Lambda + squares.sum(0) / epoch.times.sum() / len(epochs)
     return Q_A, Q_S, Lambda
 
 

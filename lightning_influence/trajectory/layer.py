@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from lightning_influence.trajectory.rows import EpochRows
 CHUNK_BYTES = 4 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 BASIS_GRADIENTS = 4096  # of all epochs together, of which a basis is made
 BASIS_GRADIENTS_PER_ENTRY = 4  # of a gradient's longer side, at least
-LAMBDA_PRODUCTS = 5 * 10**10  # multiply-adds for a Lambda, of gradients that are no pairs
-LAMBDA_AT_LEAST = 32  # examples, whatever that takes
+LAMBDA_GRADIENTS = 1024  # of all epochs together, of which Lambda is made
+LAMBDA_EXAMPLES = 128  # of each epoch, at least
+LAMBDA_PRODUCTS = 5 * 10**10  # multiply-adds for a Lambda at most, of gradients that are no pairs,
+LAMBDA_AT_LEAST = 32  # but so many examples of each epoch, whatever that takes
 
 
 class LayerTrajectory:
@@ -89,25 +91,36 @@ class LayerTrajectory:
             return diagonal_basis(plan.shape)
         covariance = GradientCovariance(plan.shape, plan.structure)
         wanted = max(BASIS_GRADIENTS, BASIS_GRADIENTS_PER_ENTRY * max(plan.shape))
-        each = -(-wanted // sum(map(bool, self._shares)))
-        for number, share in enumerate(self._shares):
-            rows = self._examples.sample_in(number, each if share else 0)
-            for start in range(0, len(rows), self.chunk_examples):
-                part = rows[start : start + self.chunk_examples]
-                covariance.add(self._epochs[number].read(self._name, part), 1 / len(rows))
+        for number, rows in self._drawn(self._share_of(wanted)):
+            for gradient in self._read(number, rows):
+                covariance.add(gradient, 1 / len(rows))
         return eigenbasis(*covariance.compute(), plan.structure)
 
-    def mean_squares(self, basis: Eigenbasis, sample: np.ndarray) -> Tensor:
-        """Lambda: mean squared coordinates of sampled gradients, averaged over the epochs that saw any of them."""
+    def mean_squares(self, basis: Eigenbasis) -> Tensor:
+        """Lambda: mean squared coordinates, averaged over the epochs; of each other examples are drawn."""
         o, i = basis.shape
+        total, epochs, size = torch.zeros(basis.shape), 0, max(LAMBDA_EXAMPLES, self._share_of(LAMBDA_GRADIENTS))
         if self._plan.codec == "dense":  # each is rotated whole
-            affordable = LAMBDA_PRODUCTS // (o * i * (o + i) * len(self._epochs))
-            sample = sample[: max(LAMBDA_AT_LEAST, affordable)]
-        total, step, epochs = torch.zeros(basis.shape), self.chunk_examples, 0
-        for epoch, times, share in zip(self._epochs, self._examples.times_of(sample), self._shares, strict=True):
-            seen = np.repeat(sample, times) if share else sample[:0]
-            epochs += len(seen) > 0
-            for start in range(0, len(seen), step):
-                gradient = epoch.read(self._name, seen[start : start + step])
+            size = min(size, max(LAMBDA_AT_LEAST, self._share_of(LAMBDA_PRODUCTS // (o * i * (o + i)))))
+        for number, seen in self._drawn(size):
+            seen = np.repeat(seen, self._examples.times(number, seen))
+            epochs += 1
+            for gradient in self._read(number, seen):
                 total += second_moment_sum(gradient, basis) / len(seen)
         return total / max(1, epochs)
+
+    def _share_of(self, gradients: int) -> int:
+        """Of each epoch in which the layer was trained, of so many in all."""
+        return -(-gradients // sum(map(bool, self._shares)))
+
+    def _drawn(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Of each epoch that counts, its place and up to so many examples that it has seen."""
+        for number, share in enumerate(self._shares):
+            rows = self._examples.sample_in(number, size)
+            if share and len(rows):
+                yield number, rows
+
+    def _read(self, number: int, rows: np.ndarray) -> Iterator[LayerGradient]:
+        """Some examples' gradients in an epoch, a chunk at a time."""
+        for start in range(0, len(rows), self.chunk_examples):
+            yield self._epochs[number].read(self._name, rows[start : start + self.chunk_examples])

@@ -45,8 +45,7 @@ from lightning_influence.trajectory.examples import Examples
 from lightning_influence.trajectory.layer import LayerTrajectory
 from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 
-SAMPLES = 1024  # gradients, of all epochs together, of which Lambda is made
-SAMPLED_EXAMPLES = 128  # at least, unless there are fewer
+SAMPLED_EXAMPLES = 128  # whose sums are tried
 TRIED_AT_LEAST = 32  # examples, whatever memory that takes
 QUERIES = 16
 TRIED_ELEMENTS = 2**27  # of gradients that are in memory at once, unless that is too few examples
@@ -119,15 +118,13 @@ class Trajectory:
         """
         examples = Examples(self.epochs, writer.num_examples)
         trajectories = self._layers(examples)
-        sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(self.epochs)))
+        sample = examples.sample(SAMPLED_EXAMPLES)
         bases = _by_layer(LayerTrajectory.basis, trajectories)
-        Lambdas = _by_layer(lambda layer, basis: layer.mean_squares(basis, sample), trajectories, bases)
+        Lambdas = _by_layer(LayerTrajectory.mean_squares, trajectories, bases)
         if error_budget is not None and len(sample) < LEAST_EXAMPLES:
             bytes_per_example = bytes_untried(len(sample), bytes_per_example)
         elif error_budget is not None:
-            tried = sample[:SAMPLED_EXAMPLES][
-                : max(TRIED_AT_LEAST, TRIED_ELEMENTS // sum(L.numel() for L in Lambdas.values()))
-            ]
+            tried = sample[: max(TRIED_AT_LEAST, TRIED_ELEMENTS // sum(L.numel() for L in Lambdas.values()))]
             gradients = {name: layer.summed(tried) for name, layer in trajectories.items()}
             bytes_per_example = RowTrial(bases, Lambdas, gradients).least_bytes(error_budget, bytes_per_example)
         chosen = allocate(Lambdas, bytes_per_example)
@@ -146,7 +143,7 @@ class Trajectory:
         ):
             writer.write_rows(rows, columns=examples.columns(rows), arrays=arrays)
         examples.write_invalid(writer)
-        agreement = _agreement(layers, sample[:SAMPLED_EXAMPLES], trajectories)
+        agreement = _agreement(layers, sample, trajectories)
         return Merged(layers, examples.counts(), agreement)
 
     def finish(

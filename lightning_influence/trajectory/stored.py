@@ -6,12 +6,12 @@ cut off,
 
     G_n = sum_e w_e c_en G'_en / sum_e w_e.
 
-A and S of each segment are its eigenvectors and eigenvalues put together again; their weighted mean gives the
-common basis, which is the online one's. Lambda is the mean of the squared coordinates of sampled rows in that
-basis. What was cut off is in no row, but its share of Lambda is known: taking these coordinates to be uncorrelated
-with all others, with variances Lambda_e, as EK-FAC does, they add
+The basis is that of the rows' own covariances, Lambda the mean of the squared coordinates of sampled rows in it,
+both averaged over the segments. What was cut off is in no row, but its share is known: taking these coordinates to
+be uncorrelated with all others, with variances Lambda_e, as EK-FAC does, they add
 
-    sum_{o'i'} (Q_S^T Q_S,e)_oo'^2 (Q_A^T Q_A,e)_ii'^2 Lambda_e,o'i'.
+    Q_A,e diag(sum_o' Lambda_e,o'i') Q_A,e^T  to E[G^T G],  Q_S,e diag(sum_i' Lambda_e,o'i') Q_S,e^T  to E[G G^T],
+    sum_{o'i'} (Q_S^T Q_S,e)_oo'^2 (Q_A^T Q_A,e)_ii'^2 Lambda_e,o'i'  to Lambda.
 
 Merging while training rounds and cuts once, here it is done twice; so prefer that, and use this for files that are
 there already.
@@ -19,8 +19,9 @@ there already.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.codecs import EigenCodec, allocate
+from lightning_influence.codecs import EigenCodec, PairsCodec, allocate
 from lightning_influence.errors import QueryError
 from lightning_influence.functional.eigenvalues import second_moment_sum
+from lightning_influence.functional.gradient_covariance import GradientCovariance
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
 from lightning_influence.functional.structure import KroneckerStructure
-from lightning_influence.gradients import DenseGradient
+from lightning_influence.gradients import DenseGradient, LayerGradient
 from lightning_influence.query import InfluenceQuery, described_layers
 from lightning_influence.row_choice import DEFAULT_BYTES
 from lightning_influence.row_file import specs
@@ -42,13 +44,17 @@ from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import mean_learning_rate, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader, StoreWriter
 from lightning_influence.trajectory.examples import Examples
+from lightning_influence.trajectory.layer import (
+    BASIS_GRADIENTS,
+    BASIS_GRADIENTS_PER_ENTRY,
+    LAMBDA_EXAMPLES,
+    LAMBDA_GRADIENTS,
+)
 
 Weighting = Literal["learning_rate", "mean"]
 Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]  # such as a progress bar
 WEIGHTINGS = {"learning_rate": "mean learning rate", "mean": "equal"}
 CHUNK_BYTES = 32 * 2**20  # of whole gradients of a layer at a time
-SAMPLES = 1024  # rows, of all segments together, of which Lambda is made
-SAMPLED_EXAMPLES = 128  # at least
 NOTE = "rows are sums over epochs, of what segments had kept of them"
 _IDENTITY = ("format", "schema_version", "complete", "store_id", "num_examples", "segment")  # the writer's own
 _EPOCH_FACTS = ("step_start", "step_end", "is_whole", "is_resumed", "batches_captured")
@@ -78,24 +84,34 @@ class StoredEpoch:
         """A copy of one column, [N]."""
         return self.store.column(name)
 
-    def gradients(self, name: str, rows: np.ndarray) -> Tensor:
-        """What a layer's rows stand for, [n, o, i]."""
+    def gradients(self, name: str, rows: np.ndarray) -> LayerGradient:
+        """What a layer's rows stand for."""
+        codec = self.layers[name].codec
         arrays = {key: torch.from_numpy(np.array(array[rows])) for key, array in self.store.rows(name).items()}
-        return self.layers[name].codec.decode(arrays)
+        return (
+            codec.decode_gradient(arrays) if isinstance(codec, PairsCodec) else DenseGradient(codec.decode(arrays))
+        )
 
-    def covariances(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and S of the segment's basis, float64."""
-        basis = self.layers[name].basis
-        return _matrix(basis.Q_A, basis.eigenvalues_A), _matrix(basis.Q_S, basis.eigenvalues_S)
-
-    def cut_off(self, name: str, basis: Eigenbasis) -> Tensor:
-        """Second moments in another basis of what rows do not hold, [o, i]."""
+    def cut_off(self, name: str) -> Tensor:
+        """Second moments, in the segment's own basis, of what rows do not hold, [o, i]."""
         layer = self.layers[name]
         if not isinstance(layer.codec, EigenCodec):
-            return torch.zeros(basis.shape)
-        lost = layer.Lambda.flatten().index_fill(0, layer.codec.coordinates, 0.0).view(basis.shape)
-        Q_A, Q_S = _squared(basis.Q_A, layer.basis.Q_A), _squared(basis.Q_S, layer.basis.Q_S)
-        return Eigenbasis(Q_A, Q_S, basis.eigenvalues_A, basis.eigenvalues_S).rotate_dense(lost)
+            return torch.zeros(layer.basis.shape)
+        return layer.Lambda.flatten().index_fill(0, layer.codec.coordinates, 0.0).view(layer.basis.shape)
+
+    def cut_off_in(self, name: str, basis: Eigenbasis) -> Tensor:
+        """The same in another basis."""
+        own = self.layers[name].basis
+        squared = Eigenbasis(
+            _squared(basis.Q_A, own.Q_A), _squared(basis.Q_S, own.Q_S), basis.eigenvalues_A, basis.eigenvalues_S
+        )
+        return squared.rotate_dense(self.cut_off(name))
+
+    def cut_off_moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """E[G^T G] and E[G G^T] of what rows do not hold, in the shapes of A and S."""
+        own = self.layers[name].basis
+        lost = self.cut_off(name).view(*own.eigenvalues_S.shape, -1)  # [o, i] or [g, o / g, i]
+        return _matrix(own.Q_A, lost.sum(-2)), _matrix(own.Q_S, lost.sum(-1))
 
 
 def merge_segments(
@@ -185,9 +201,8 @@ def _merged_layers(
     structures = {
         entry["name"]: KroneckerStructure(**entry.get("structure", {})) for entry in described_layers(store)
     }
-    bases = {name: _basis(name, epochs, structure) for name, structure in structures.items()}
-    sample = examples.sample(max(SAMPLED_EXAMPLES, SAMPLES // len(epochs)))
-    Lambdas = {name: _mean_squares(name, basis, epochs, examples, sample) for name, basis in bases.items()}
+    bases = {name: _basis(name, epochs, examples, structure) for name, structure in structures.items()}
+    Lambdas = {name: _mean_squares(name, basis, epochs, examples) for name, basis in bases.items()}
     chosen = allocate(Lambdas, nbytes)
     return {
         name: ScoredLayer(basis, Lambdas[name], EigenCodec.of(basis, chosen[name]))
@@ -195,34 +210,39 @@ def _merged_layers(
     }
 
 
-def _basis(name: str, epochs: list[StoredEpoch], structure: KroneckerStructure) -> Eigenbasis:
+def _basis(name: str, epochs: list[StoredEpoch], examples: Examples, structure: KroneckerStructure) -> Eigenbasis:
+    shape = epochs[-1].layers[name].basis.shape
     if structure.is_diagonal:
-        return diagonal_basis(epochs[-1].layers[name].basis.shape)
-    A, S = (
-        sum(epoch.share * factor for epoch, factor in zip(epochs, factors, strict=True))
-        for factors in zip(*(epoch.covariances(name) for epoch in epochs), strict=True)
-    )
-    assert isinstance(A, Tensor)
-    assert isinstance(S, Tensor)
-    return eigenbasis(A.float(), S.float(), structure)
+        return diagonal_basis(shape)
+    covariance = GradientCovariance(shape, structure)
+    each = -(-max(BASIS_GRADIENTS, BASIS_GRADIENTS_PER_ENTRY * max(shape)) // len(epochs))
+    for number, epoch in enumerate(epochs):
+        rows = examples.sample_in(number, each)
+        for part in _parts(rows, shape):
+            covariance.add(epoch.gradients(name, part), 1 / len(rows))
+        covariance.add_moments(*epoch.cut_off_moments(name))
+    return eigenbasis(*covariance.compute(), structure)
 
 
-def _mean_squares(
-    name: str, basis: Eigenbasis, epochs: list[StoredEpoch], examples: Examples, sample: np.ndarray
-) -> Tensor:
-    """Lambda, averaged over the epochs that saw any of the sampled examples."""
-    total, shares = torch.zeros(basis.shape), 0.0
-    step = max(1, CHUNK_BYTES // (4 * total.numel()))
-    for epoch, times in zip(epochs, examples.times_of(sample), strict=True):
-        seen = np.repeat(sample, times)
+def _parts(rows: np.ndarray, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    """As many rows at a time as their whole gradients may take."""
+    step = max(1, CHUNK_BYTES // (4 * math.prod(shape)))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+def _mean_squares(name: str, basis: Eigenbasis, epochs: list[StoredEpoch], examples: Examples) -> Tensor:
+    """Lambda, averaged over the epochs that saw any examples."""
+    total, counted = torch.zeros(basis.shape), 0
+    for number, epoch in enumerate(epochs):
+        seen = examples.sample_in(number, max(LAMBDA_EXAMPLES, -(-LAMBDA_GRADIENTS // len(epochs))))
         if not len(seen):
             continue
-        squares = torch.zeros(basis.shape)
-        for start in range(0, len(seen), step):
-            squares += second_moment_sum(DenseGradient(epoch.gradients(name, seen[start : start + step])), basis)
-        total += epoch.share * (squares / len(seen) + epoch.cut_off(name, basis))
-        shares += epoch.share
-    return total / shares if shares else total
+        seen = np.repeat(seen, examples.times(number, seen))
+        for part in _parts(seen, basis.shape):
+            total += second_moment_sum(epoch.gradients(name, part), basis) / len(seen)
+        total += epoch.cut_off_in(name, basis)
+        counted += 1
+    return total / max(1, counted)
 
 
 def _summed(name: str, epochs: list[StoredEpoch], rows: np.ndarray, times: list[np.ndarray]) -> Tensor:
@@ -231,7 +251,7 @@ def _summed(name: str, epochs: list[StoredEpoch], rows: np.ndarray, times: list[
     for epoch, seen in zip(epochs, times, strict=True):
         factors = torch.from_numpy(seen * epoch.share).float()
         if factors.any():
-            total.addcmul_(epoch.gradients(name, rows), factors.view(-1, 1, 1))
+            total.addcmul_(epoch.gradients(name, rows).dense(), factors.view(-1, 1, 1))
     return total
 
 
@@ -286,9 +306,7 @@ def _documents(
 
 def _matrix(Q: Tensor | None, eigenvalues: Tensor) -> Tensor:
     """Q diag(eigenvalues) Q^T; a diagonal factor as it is."""
-    if Q is None:
-        return eigenvalues.double()
-    return (Q.double() * eigenvalues.double().unsqueeze(-2)) @ Q.double().mT
+    return eigenvalues if Q is None else (Q * eigenvalues.unsqueeze(-2)) @ Q.mT
 
 
 def _squared(Q: Tensor | None, own: Tensor | None) -> Tensor | None:

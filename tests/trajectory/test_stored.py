@@ -1,4 +1,4 @@
-"""Segments that a file keeps, merged afterwards: sums of rows, in the basis of their mean covariances."""
+"""Segments that a file keeps, merged afterwards: sums of rows, in the basis of the rows' own covariances."""
 
 from __future__ import annotations
 
@@ -103,28 +103,21 @@ def test_a_row_is_the_weighted_sum_of_the_segments_rows(path, tmp_path, weightin
 
 def test_basis_and_eigenvalues_are_those_of_the_mean_fisher(path, tmp_path):
     segments, found = queries(path), InfluenceQuery(merged(path, tmp_path / "merged.h5"))
-    shares = np.array([0.4, 0.2, 0.1]) / 0.7
     for name, layer in found.layers.items():
-        covariances, Lambda = [], torch.zeros(layer.Lambda.shape, dtype=torch.float64)
         Q_A, Q_S = layer.basis.Q_A.double(), layer.basis.Q_S.double()
-        for each, share in zip(segments, shares, strict=True):
+        epochs = []
+        for each in segments:
             valid = torch.from_numpy(each.store.column("valid")).bool()
-            rows, own = decoded_rows(each, name)[valid].double(), each.layers[name].basis
-            Lambda += share * (Q_S.T @ rows @ Q_A).square().mean(0)
-            covariances.append(
-                [
-                    (Q * values) @ Q.T * share
-                    for Q, values in ((own.Q_A.double(), own.eigenvalues_A), (own.Q_S.double(), own.eigenvalues_S))
-                ]
-            )
-        for Q, values, parts in zip(
-            (Q_A, Q_S),
-            (layer.basis.eigenvalues_A, layer.basis.eigenvalues_S),
-            zip(*covariances, strict=True),
-            strict=True,
-        ):
-            torch.testing.assert_close((Q * values) @ Q.T, sum(parts), rtol=1e-4, atol=1e-6)
+            epochs.append(decoded_rows(each, name)[valid].double())
+        A, S = (torch.stack(parts).mean(0) for parts in zip(*(_moments(G) for G in epochs), strict=True))
+        Lambda = torch.stack([(Q_S.T @ G @ Q_A).square().mean(0) for G in epochs]).mean(0)
+        torch.testing.assert_close((Q_A * layer.basis.eigenvalues_A) @ Q_A.T, A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close((Q_S * layer.basis.eigenvalues_S) @ Q_S.T, S / S.trace(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(layer.Lambda.double(), Lambda, rtol=1e-4, atol=1e-8)
+
+
+def _moments(G: Tensor) -> tuple[Tensor, Tensor]:
+    return (G.mT @ G).mean(0), (G @ G.mT).mean(0)
 
 
 @pytest.mark.parametrize("kind", [Decaying, Convolutional])
@@ -221,20 +214,29 @@ def test_variances_of_lost_coordinates_are_the_diagonal_of_their_covariance(cut)
     own = torch.kron(layer.basis.Q_A, layer.basis.Q_S).double()
     C = own @ torch.diag(vec(lost.view(layer.Lambda.shape))) @ own.T
     rotation = torch.kron(basis.Q_A, basis.Q_S).double()
-    found = StoredEpoch(query.store, query.layers, 1.0).cut_off("head", basis)
+    epoch = StoredEpoch(query.store, query.layers, 1.0)
+    found = epoch.cut_off_in("head", basis)
     torch.testing.assert_close(vec(found.double()), (rotation.T @ C @ rotation).diagonal(), rtol=1e-4, atol=1e-9)
+    o, i = layer.basis.shape
+    blocks = C.view(i, o, i, o)  # E[G_oi G_o'i'] at [i, o, i', o']
+    for part, expected in zip(
+        epoch.cut_off_moments("head"),
+        (blocks.diagonal(0, 1, 3).sum(-1), blocks.diagonal(0, 0, 2).sum(-1)),
+        strict=True,
+    ):
+        torch.testing.assert_close(part.double(), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_eigenvalues_add_up_to_the_mean_squares_whatever_was_cut_off(cut, tmp_path):
     """A rotation keeps the sum: what rows have kept, and Lambda of what they have not."""
     segments, found = queries(cut), InfluenceQuery(merged(cut, tmp_path / "merged.h5"))
     for name, layer in found.layers.items():
-        expected, total = 0.0, sum(mean_learning_rate(each.store) for each in segments)
+        expected = 0.0
         for each in segments:
             own = each.layers[name]
             lost = own.Lambda.flatten().index_fill(0, own.codec.coordinates, 0.0).sum()
             kept = decoded_rows(each, name).square().sum((1, 2)).mean()
-            expected += mean_learning_rate(each.store) / total * float(lost + kept)
+            expected += float(lost + kept) / len(segments)
         assert float(layer.Lambda.sum()) == pytest.approx(expected, rel=1e-4)
 
 

@@ -245,12 +245,13 @@ class StoreWriter:
             self._rows["rows/occurrences"][indices] += counts
         self._rows["rows/written"][indices] = 1
 
-    def read_rows(self, layer: str, indices: slice | np.ndarray) -> dict[str, np.ndarray]:
+    def read_rows(self, layer: str, indices: slice | np.ndarray, *, copies: bool = True) -> dict[str, np.ndarray]:
         """Copies of some of one layer's rows, by array name, each of shape [n, ...].
 
         Args:
             layer: its name.
             indices: dataset indices, a slice or integers of shape [n].
+            copies: False gives of a slice the file's own memory, which the caller must not change.
 
         Raises:
             StoreError: if the file is not open for writing.
@@ -262,7 +263,8 @@ class StoreWriter:
         if not isinstance(indices, slice):
             check_indices(indices, self.num_examples)
         rows = {name: self._rows[f"layers/{layer}/rows/{name}"] for name in self._layers[layer]}
-        return {name: np.array(array[indices]) for name, array in rows.items()}
+        wanted = {name: array[indices] for name, array in rows.items()}
+        return {name: array.copy() for name, array in wanted.items()} if copies else wanted
 
     def read_column(self, name: str) -> np.ndarray:
         """A copy of one column, shape [N].
@@ -366,9 +368,10 @@ class StoreWriter:
     def _map(self, offsets: Mapping[str, int], arrays: Mapping[str, layout.Array]) -> None:
         """Map the partial file, and of it each array."""
         self._file = np.memmap(self.partial_path, dtype=np.uint8, mode="r+")
+        plain = np.asarray(self._file)  # of which parts are taken faster
         for name, (shape, dtype) in arrays.items():
             stop = offsets[name] + math.prod(shape) * dtype.itemsize
-            self._rows[name] = self._file[offsets[name] : stop].view(dtype).reshape(shape)
+            self._rows[name] = plain[offsets[name] : stop].view(dtype).reshape(shape)
 
     def _add(self, attributes: Mapping[str, np.ndarray], additions: Mapping[str, np.ndarray]) -> None:
         """Write attributes, documents, factors and all checksums; set `complete` last."""

@@ -47,7 +47,8 @@ class EpochRows:
         """What is stored of some examples; of neighbours it is read at once."""
         is_range = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
         wanted = slice(rows[0], rows[-1] + 1) if is_range else rows
-        return {key: torch.from_numpy(array) for key, array in self.writer.read_rows(name, wanted).items()}
+        arrays = self.writer.read_rows(name, wanted, copies=False)  # float16, of which others are made
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
     def join(self) -> None:
         """Open the file again that an earlier run has left."""

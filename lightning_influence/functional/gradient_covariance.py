@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import FactoredGradient, LayerGradient
 
-PROBES = 16  # of each gradient and side; sides that are no wider are exact
+PROBES = 8  # of each gradient and side; sides that are no wider are exact
 
 
 class GradientCovariance:

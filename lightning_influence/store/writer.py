@@ -23,13 +23,7 @@ from lightning_influence.store.encoding import (
     encode_factor,
 )
 from lightning_influence.store.reader import StoreReader
-from lightning_influence.store.schema import (
-    COLUMNS,
-    MAX_SEGMENT,
-    ArraySpec,
-    check_name,
-    stored_dtype,
-)
+from lightning_influence.store.schema import COLUMNS, MAX_SEGMENT, ArraySpec, check_name, stored_dtype
 
 
 class StoreWriter:
@@ -262,9 +256,8 @@ class StoreWriter:
             raise ValueError(f"no layer {layer!r} in {self.partial_path}; it has {[*self._layers]}.")
         if not isinstance(indices, slice):
             check_indices(indices, self.num_examples)
-        rows = {name: self._rows[f"layers/{layer}/rows/{name}"] for name in self._layers[layer]}
-        wanted = {name: array[indices] for name, array in rows.items()}
-        return {name: array.copy() for name, array in wanted.items()} if copies else wanted
+        rows = {name: self._rows[f"layers/{layer}/rows/{name}"][indices] for name in self._layers[layer]}
+        return {name: array.copy() for name, array in rows.items()} if copies else rows
 
     def read_column(self, name: str) -> np.ndarray:
         """A copy of one column, shape [N].
@@ -368,10 +361,10 @@ class StoreWriter:
     def _map(self, offsets: Mapping[str, int], arrays: Mapping[str, layout.Array]) -> None:
         """Map the partial file, and of it each array."""
         self._file = np.memmap(self.partial_path, dtype=np.uint8, mode="r+")
-        plain = np.asarray(self._file)  # of which parts are taken faster
+        plain = np.asarray(self._file)  # whose parts are had faster
         for name, (shape, dtype) in arrays.items():
-            stop = offsets[name] + math.prod(shape) * dtype.itemsize
-            self._rows[name] = plain[offsets[name] : stop].view(dtype).reshape(shape)
+            part = plain[offsets[name] : offsets[name] + math.prod(shape) * dtype.itemsize]
+            self._rows[name] = part.view(dtype).reshape(shape)
 
     def _add(self, attributes: Mapping[str, np.ndarray], additions: Mapping[str, np.ndarray]) -> None:
         """Write attributes, documents, factors and all checksums; set `complete` last."""

@@ -110,6 +110,7 @@ class BatchCapture:
         first_batch: a copy of the first batch, for whoever wants to ask about it.
         first_size: number of its rows.
         changes_memory: whether the model was seen to change in place what it has computed for an earlier step.
+        has_copied: whether an epoch's first batches were copied to see that.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class BatchCapture:
         self.time = TrainingTime(trainer)
         self.first_batch: Any = None
         self.first_size = 0
-        self.changes_memory = False
+        self.changes_memory, self.has_copied = False, False
         self._sizes: Sequence[int] = ()
         self._is_armed = False
         self._rows: np.ndarray | None = None

@@ -30,7 +30,8 @@ from lightning_influence.training.staleness import Agreement, StalenessProbe
 from lightning_influence.training.surroundings import LayerRates, backpropagated_factor
 from lightning_influence.training.tracking import LayerTracking
 
-TRIED_BATCHES = 4  # of an epoch, that are copied to see whether the model changes what it has computed
+TRIED_BATCHES = 4  # of the first epoch, that are copied to see whether the model changes what it has computed
+TRIED_LATER = 2  # of other epochs
 
 
 class EpochCapture:
@@ -57,6 +58,8 @@ class EpochCapture:
         self._batch_capture = captured
         self._time, self._background = captured.time, captured.background
         self._copied = 0  # batches
+        self._to_copy = TRIED_LATER if captured.has_copied else TRIED_BATCHES
+        captured.has_copied = True
         self._last_copied: StepGradients | None = None
         self._scales: list[Tensor] = []  # of steps, how an example's own loss is to its part in the trained one
         self._backpropagated = 1.0
@@ -115,7 +118,7 @@ class EpochCapture:
     @property
     def _copies(self) -> bool:
         """Whether a batch is recorded of a copy."""
-        return self._batch_capture.changes_memory or self._copied < TRIED_BATCHES
+        return self._batch_capture.changes_memory or self._copied < self._to_copy
 
     def _record(self, batch: CapturedBatch) -> None:
         assert self.recorder is not None

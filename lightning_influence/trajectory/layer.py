@@ -80,9 +80,9 @@ class LayerTrajectory:
             torch.cat([own.inputs for own in pairs], dim=1), torch.cat([own.output_grads for own in pairs], dim=1)
         )
 
-    def last(self, rows: np.ndarray) -> LayerGradient:
-        """Some examples' gradients in the last epoch."""
-        return self._epochs[-1].read(self._name, rows)
+    def last(self, rows: np.ndarray) -> Iterator[LayerGradient]:
+        """Some examples' gradients in the last epoch, a chunk at a time."""
+        return self._read(len(self._epochs) - 1, rows)
 
     def basis(self) -> Eigenbasis:
         """Of the gradients' covariances, averaged over the epochs, of each of which other examples are drawn."""

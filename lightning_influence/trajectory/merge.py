@@ -47,7 +47,7 @@ from lightning_influence.trajectory.rows import EpochRows, epoch_writer
 
 SAMPLED_EXAMPLES = 128  # whose sums are tried
 TRIED_AT_LEAST = 32  # examples, whatever memory that takes
-QUERIES = 16
+QUERIES = 8  # by which stored and exact rows are compared
 TRIED_ELEMENTS = 2**27  # of gradients that are in memory at once, unless that is too few examples
 
 _Made = TypeVar("_Made")
@@ -281,24 +281,30 @@ def _agreement(
     """Of scores of stored and of exact rows; queries are gradients of the last epoch."""
     if len(sample) < 3:
         return math.nan
-    asked_rows = sample[:QUERIES]
-    scores = torch.zeros(2, len(asked_rows), len(sample))
-    for name, layer in layers.items():
-        inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
-        trajectory = trajectories[name]
-        step = trajectory.chunk_examples
-        asked = torch.cat(
-            [
-                layer.basis.rotate(trajectory.last(asked_rows[start : start + step])) * inverse
-                for start in range(0, len(asked_rows), step)
-            ]
-        )
-        projected, back = layer.codec.project(asked, layer.basis), layer.basis.rotate_back(asked)
-        for start in range(0, len(sample), step):
-            part = slice(start, start + step)
-            rows = trajectory.summed(sample[part])
-            scores[0, :, part] += layer.codec.scores(projected, layer.codec.encode(rows))
-            scores[1, :, part] += inner_products(rows, back)
-    others = ~torch.eye(len(asked_rows), len(sample), dtype=torch.bool)  # a query's own row is no news
-    stored, exact = (each[others].view(len(asked_rows), -1) for each in scores)
+    asked = sample[:QUERIES]
+    scores = sum(
+        _by_layer(
+            lambda trajectory, layer: _scores(trajectory, layer, asked, sample), trajectories, layers
+        ).values()
+    )
+    assert isinstance(scores, torch.Tensor)
+    others = ~torch.eye(len(asked), len(sample), dtype=torch.bool)  # a query's own row is no news
+    stored, exact = (each[others].view(len(asked), -1) for each in scores)
     return mean_rank_correlation(stored, exact)
+
+
+def _scores(
+    trajectory: LayerTrajectory, layer: ScoredLayer, asked: np.ndarray, sample: np.ndarray
+) -> torch.Tensor:
+    """A layer's part of the scores of stored and of exact rows, shape [2, q, n]."""
+    inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
+    step = trajectory.chunk_examples
+    queries = torch.cat([layer.basis.rotate(part) * inverse for part in trajectory.last(asked)])
+    projected, back = layer.codec.project(queries, layer.basis), layer.basis.rotate_back(queries)
+    scores = torch.zeros(2, len(asked), len(sample))
+    for start in range(0, len(sample), step):
+        part = slice(start, start + step)
+        rows = trajectory.summed(sample[part])
+        scores[0, :, part] = layer.codec.scores(projected, layer.codec.encode(rows))
+        scores[1, :, part] = inner_products(rows, back)
+    return scores

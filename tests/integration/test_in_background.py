@@ -218,6 +218,7 @@ def test_activations_that_change_while_they_are_recorded_are_copied(tmp_path, jo
 
 def test_activations_that_change_later_than_was_looked_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(epoch, "TRIED_BATCHES", 0)
+    monkeypatch.setattr(epoch, "TRIED_LATER", 0)
     with pytest.raises(LayerError, match=r"'layers.2': its input .* changed in place .* `background=False`"):
         train(tmp_path / "behind", Scribbling(lambda hidden: hidden.detach().fill_(0), begins=4))
     assert merged(tmp_path / "behind" / "influence.h5") == [0]

@@ -95,7 +95,8 @@ class InfluenceCallback(Callback):
             where that is more.
         covariance_positions: of layers used on sequences or images, how many positions of each example enter
             the covariances from which the eigenbasis is made, drawn with a fixed seed among those that carry
-            gradient; None takes all. Rows do not depend on it, eigenvalues only as they do on the basis
+            gradient; None takes all. Rows do not depend on it, merged ones least of all, which have no such
+            covariances; eigenvalues only as they do on the basis
             (`examples/benchmarks/covariance_positions.py` measures what it does to scores).
         on_error: "warn": a failure of ours ends capture with one warning, and training goes on;
             "raise": it ends training.

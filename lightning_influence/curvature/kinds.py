@@ -22,7 +22,8 @@ class KFAC:
     """K-FAC: 1 / (eigenvalues of S times eigenvalues of A + damping).
 
     Martens & Grosse 2015, arXiv:1503.05671; damped as a whole, not factor by factor. A block that is
-    diagonal anyway, as a normalization's, has no factors and keeps Lambda.
+    diagonal anyway, as a normalization's, has no factors and keeps Lambda. Of merged epochs, A and S are those of
+    whole gradients (`functional.gradient_covariance`).
     """
 
     def inverse_eigenvalues(self, basis: Eigenbasis, Lambda: Tensor, damping: Damping) -> Tensor:

@@ -21,7 +21,13 @@ from lightning_influence.query import InfluenceQuery
 from lightning_influence.store import StoreReader
 from tests.integration.lifecycle_models import BATCH, Classifier, N, dataset, fit, loader, make_trainer
 from tests.integration.models import stored_arrays, stored_gradients
-from tests.reference.trajectory import Epoch, merged_gradients, merged_scores
+from tests.reference.trajectory import (
+    Epoch,
+    averaged_fisher,
+    merged_gradients,
+    merged_kfac_scores,
+    merged_scores,
+)
 
 EPOCHS = 4
 INT8 = 1 / 127  # of the largest entry of a group: half a step each, and the sum of the float16 before it
@@ -114,20 +120,46 @@ def test_rows_are_the_sums_of_the_epochs_gradients_weighted_by_mean_learning_rat
 
 
 @pytest.mark.parametrize("damping", [0.1, 1.0])
-def test_scores_are_those_of_the_averaged_fisher_matrix(tmp_path, damping):
+@pytest.mark.parametrize(("curvature", "reference"), [("ekfac", merged_scores), ("kfac", merged_kfac_scores)])
+def test_scores_are_those_of_the_averaged_fisher_matrix(tmp_path, damping, curvature, reference):
     model = Decaying()
     path = train(tmp_path / "merged", model)
     segments = segments_of(tmp_path / "segments", Decaying())
     influence = InfluenceModule.attach(model, path)
     queries = dataset()[:3]
-    scores = influence.scores(queries, damping=HeuristicDamping(damping), per_layer=True)
+    scores = influence.scores(queries, curvature=curvature, damping=HeuristicDamping(damping), per_layer=True)
     asked = influence._gradients(queries, None)
     for layer, rates in RATES.items():
         epochs = epochs_of(segments, layer, rates)
-        expected = merged_scores(asked[layer].dense().double(), epochs, damping=damping)
+        expected = reference(asked[layer].dense().double(), epochs, damping=damping)
         torch.testing.assert_close(
             scores[layer].double(), expected, rtol=0, atol=0.02 * float(expected.abs().max())
         )
+
+
+class Pausing(Decaying):
+    """Learns nothing in its second epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        return [optimizer], [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: [1, 0, 0.5, 0.2][epoch % 4])
+        ]
+
+
+def test_an_epoch_in_which_a_layer_did_not_learn_is_no_part_of_its_curvature(tmp_path):
+    """Whatever the others weigh."""
+    found = InfluenceQuery(StoreReader(train(tmp_path / "merged", Pausing()))).layers
+    segments = segments_of(tmp_path / "segments", Pausing())
+    for layer in RATES:
+        first, _, third, last = epochs_of(segments, layer, [1.0] * EPOCHS)
+        _, _, Lambda = averaged_fisher([first, third, last])
+        assert float(found[layer].Lambda.sum()) == pytest.approx(float(Lambda.sum()), rel=2e-3)  # float16 rows
+        leading = Lambda > 0.01 * Lambda.max()
+        assert leading.sum() >= 2
+        found_leading = found[layer].Lambda.flatten().sort(descending=True).values[: int(leading.sum())].double()
+        expected = Lambda.flatten().sort(descending=True).values[: int(leading.sum())]
+        torch.testing.assert_close(found_leading, expected, rtol=0.02, atol=0)
 
 
 def test_rows_of_layers_on_positions_are_sums_too(tmp_path):

@@ -42,14 +42,19 @@ def merged_gradients(epochs: Sequence[Epoch]) -> Tensor:
     return total / sum(epoch.weight for epoch in epochs)
 
 
-def averaged_fisher(epochs: Sequence[Epoch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Q_A, Q_S and Lambda of examples that every epoch saw as `times` says."""
+def averaged_moments(epochs: Sequence[Epoch]) -> tuple[Tensor, Tensor]:
+    """A = E[G^T G] and S = E[G G^T] of the examples that each epoch saw, the mean over the epochs."""
     A = S = 0.0
     for epoch in epochs:
         G = epoch.gradients[epoch.times > 0]
         A = A + (G.mT @ G).mean(0) / len(epochs)
         S = S + (G @ G.mT).mean(0) / len(epochs)
-    Q_A, Q_S = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(S).eigenvectors
+    return A, S
+
+
+def averaged_fisher(epochs: Sequence[Epoch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_A, Q_S and Lambda of examples that every epoch saw as `times` says."""
+    Q_A, Q_S = (torch.linalg.eigh(moment).eigenvectors for moment in averaged_moments(epochs))
     Lambda = 0.0
     for epoch in epochs:
         squares = (Q_S.T @ epoch.gradients @ Q_A).square() * epoch.times[:, None, None]
@@ -62,3 +67,11 @@ def merged_scores(queries: Tensor, epochs: Sequence[Epoch], *, damping: float) -
     Q_A, Q_S, Lambda = averaged_fisher(epochs)
     rotated = Q_S.T @ queries @ Q_A / (Lambda + damping * Lambda.mean())
     return rotated.flatten(1) @ (Q_S.T @ merged_gradients(epochs) @ Q_A).flatten(1).T
+
+
+def merged_kfac_scores(queries: Tensor, epochs: Sequence[Epoch], *, damping: float) -> Tensor:
+    """The same under the matrix A (x) S / tr S itself, which is made whole."""
+    A, S = averaged_moments(epochs)
+    whole = torch.kron(S / S.trace(), A)  # of gradients [o, i] flattened row by row
+    damped = whole + damping * whole.diagonal().mean() * torch.eye(len(whole), dtype=whole.dtype)
+    return torch.linalg.solve(damped, queries.flatten(1).T).T @ merged_gradients(epochs).flatten(1).T

@@ -27,7 +27,6 @@ The truth takes the longest: about 40 minutes on one core for all tasks. Needs t
 from __future__ import annotations
 
 import argparse
-import inspect
 import platform
 import tempfile
 import time
@@ -133,7 +132,6 @@ def captures(task: Task, method: str) -> list[Capture]:
             return kept + [Capture("final epoch", name, {"codec": codec}) for name, codec in pairs.items()]
         return kept + [_with_budget("final epoch", budget) for budget in task.budgets]
     if method == "merged":
-        _require("trajectory", InfluenceCallback, "merge epochs")
         every = [_with_budget("every epoch, merged", b, epochs="every") for b in (*task.budgets, UNCOMPRESSED)]
         one = task.budgets[-2]
         some = [_with_budget(f"every {name} epoch, merged", one, epochs=n) for n, name in ((2, "2nd"), (3, "3rd"))]
@@ -141,8 +139,6 @@ def captures(task: Task, method: str) -> list[Capture]:
         parts["last third of the epochs"] = range(task.epochs - task.epochs // 3, task.epochs)
         some += [_with_budget(f"{name}, merged", one, epochs=list(epochs)) for name, epochs in parts.items()]
         return every + some
-    _require("trajectory", InfluenceCallback, "keep segments apart from merged rows")
-    _require("segments", InfluenceModule.scores, "score segments together")
     if method == "merged-later":
         kept = _with_budget("every epoch, segments merged later", 8192, epochs="every", trajectory="segments")
         return [replace(kept, merges_later=True)]
@@ -153,11 +149,6 @@ def captures(task: Task, method: str) -> list[Capture]:
 def _with_budget(family: str, budget: int, asked: Mapping[str, Any] | None = None, **options: Any) -> Capture:
     variant = "uncompressed" if budget == UNCOMPRESSED else f"{budget:,} bytes"
     return Capture(family, variant, {"bytes_per_example": budget, **options}, asked or {})
-
-
-def _require(argument: str, function: Any, what: str) -> None:
-    if argument not in inspect.signature(function).parameters:
-        raise SystemExit(f"This version of lightning_influence cannot {what}: {function} has no {argument!r}.")
 
 
 # %%

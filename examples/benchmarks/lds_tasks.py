@@ -249,7 +249,7 @@ TASKS = {
             batch_size=32,
             num_subsets=60,
             num_seeds=4,
-            damping_factors=(0.001, 0.01, 0.1, 1.0, 10.0),
+            damping_factors=(1e-4, 1e-3, 0.01, 0.1, 1.0),
             budgets=(1024, 2048, 4096, 8192, 16384, 32768),
         ),
     )

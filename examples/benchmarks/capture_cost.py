@@ -1,11 +1,11 @@
 """What does capture cost? Training with the callback over training without it.
 
-Three small models are trained with and without `InfluenceCallback`, in turns (without, with, with, without,
+Four small models are trained with and without `InfluenceCallback`, in turns (without, with, with, without,
 ...), so that what else the machine does hits both alike. Printed for each, as a multiple of a plain epoch:
 the captured epoch, with and without the finishing of the file; the epoch before, which sums covariances for
 the eigen codec; epochs in which the callback does nothing; and the whole run over the plain run.
 
-    python examples/benchmarks/capture_cost.py                        # all three, about ten minutes
+    python examples/benchmarks/capture_cost.py                        # all four, about a quarter of an hour
     python examples/benchmarks/capture_cost.py --workload cnn --profile
     python examples/benchmarks/capture_cost.py --fisher sampled       # with a label drawn for each example
 
@@ -28,6 +28,7 @@ import argparse
 import cProfile
 import functools
 import gc
+import itertools
 import logging
 import os
 import platform
@@ -65,6 +66,7 @@ FORWARDING = ("uses.py", "tap.py")  # files of ours that call the model's own fu
 STANDARD_LIBRARY = Path(os.__file__).parent
 TEXT_FILES = ("json/decoder.py", "json/encoder.py", "csv.py", "textwrap.py", "dataclasses.py", "queue.py")
 WINDOW, WIDTH = 64, 64
+WORKLOADS = ("mlp", "wide", "cnn", "transformer")
 
 
 # %%
@@ -91,10 +93,10 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
-    )
+def mlp(*widths: int) -> nn.Module:
+    sizes = (784, *widths)
+    hidden = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
 
 
 def cnn() -> nn.Module:
@@ -164,7 +166,11 @@ class Workload:
 
 def make_workload(name: str, batch_size: int | None) -> Workload:
     if name == "mlp":
-        return Workload("MLP 784-256-128-10, MNIST", 1.5, images(), mlp, batch_size or 128, 2e-3)
+        make_mlp = functools.partial(mlp, 256, 128)
+        return Workload("MLP 784-256-128-10, MNIST", 1.5, images(), make_mlp, batch_size or 128, 2e-3)
+    if name == "wide":
+        make_mlp = functools.partial(mlp, 1024, 1024)
+        return Workload("MLP 784-1024-1024-10, MNIST", 1.5, images(), make_mlp, batch_size or 128, 1e-3)
     if name == "cnn":
         return Workload("CNN 16-32-64, MNIST", 2.0, images(), cnn, batch_size or 64, 3e-3)
     data = text_windows()
@@ -508,7 +514,7 @@ def profile_operators(workload: Workload) -> None:
 
 
 def main() -> None:
-    names = ("mlp", "cnn", "transformer") if args.workload == "all" else (args.workload,)
+    names = WORKLOADS if args.workload == "all" else (args.workload,)
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads; "
         f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
@@ -530,7 +536,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=("mlp", "cnn", "transformer", "all"), default="all")
+    parser.add_argument("--workload", choices=(*WORKLOADS, "all"), default="all")
     parser.add_argument("--epochs", type=int, default=10, help="of a fit, at least 4")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of fits")
     parser.add_argument("--seed", type=int, default=0)

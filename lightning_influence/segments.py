@@ -186,8 +186,8 @@ def _check_layers(store: StoreReader, others: Iterable[StoreReader]) -> None:
         listed = "; ".join(f"segment {number}: {', '.join(names)}" for number, names in differences.items())
         raise QueryError(
             f"some segments of {store.path} do not have the layers of segment {store.number}, whose weights the "
-            f"model has; they differ in ({listed}), which are missing on one side or of another shape. Weigh the "
-            "other segments only, with a mapping {segment number: weight}."
+            f"model has; they differ in ({listed}), which are missing on one side or of another shape. Ask the "
+            "other segments only, with `scores(..., segments={segment number: weight})`."
         )
 
 

@@ -15,10 +15,12 @@ from lightning_influence.errors import WeightsMismatchError
 from lightning_influence.exports import example_columns, known_of_examples, ranked_columns
 from lightning_influence.gradients import LayerGradient
 from lightning_influence.layers import TrackedLayer, find_layers
-from lightning_influence.query import Attribution, InfluenceQuery, described_layers
+from lightning_influence.query import Attribution, InfluenceQuery, ScoreOptions, described_layers
 from lightning_influence.step import LossKind
 from lightning_influence.store import StoreReader
 from lightning_influence.training.asking import Measurement, example_gradients, without_other_processes
+
+TOP_K_OPTIONS = frozenset({"k", "largest", "measurement"}) | ScoreOptions.__optional_keys__
 
 
 class HostedModel(LightningModule):
@@ -40,6 +42,11 @@ class HostedModel(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
         """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
         options = dict(self.query_options)
+        if unknown := options.keys() - TOP_K_OPTIONS:
+            raise ValueError(
+                f"`query_options` must be arguments of `top_k`, which are {', '.join(sorted(TOP_K_OPTIONS))}; got "
+                f"{', '.join(map(repr, unknown))}."
+            )
         k, largest = options.pop("k", 10), options.pop("largest", True)
         self._engine().check_k(k, options.get("segments"))
         gradients = self._gradients(batch, options.pop("measurement", None))

@@ -856,3 +856,9 @@ def test_a_module_of_half_precision_answers_about_the_same(
     torch.testing.assert_close(
         found, expected, rtol=0, atol=0.05 * float(expected.abs().max())
     )  # 8 bits of mantissa
+
+
+def test_predict_refuses_options_that_top_k_does_not_have(influence: InfluenceModule, tmp_path: Path) -> None:
+    influence.query_options = {"k": 2, "dampening": 1.0}
+    with pytest.raises(ValueError, match="arguments of `top_k`, which are curvature, .* got 'dampening'"):
+        predict(tmp_path, influence)

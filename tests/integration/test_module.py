@@ -860,5 +860,5 @@ def test_a_module_of_half_precision_answers_about_the_same(
 
 def test_predict_refuses_options_that_top_k_does_not_have(influence: InfluenceModule, tmp_path: Path) -> None:
     influence.query_options = {"k": 2, "dampening": 1.0}
-    with pytest.raises(ValueError, match="arguments of `top_k`, which are curvature, .* got 'dampening'"):
+    with pytest.raises(ValueError, match=r"arguments of `top_k`, which are curvature, .* got 'dampening'"):
         predict(tmp_path, influence)

@@ -101,6 +101,13 @@ class Capture:
     further_factors: tuple[float, ...] = ()
     merges_later: bool = False
 
+    def factors(self, task: Task) -> tuple[float, ...]:
+        """Of damping."""
+        if not self.is_damped:
+            return (1.0,)
+        weak = () if "curvature" in self.asked else task.weak_factors
+        return weak + task.damping_factors + self.further_factors
+
 
 def captures(task: Task, method: str) -> list[Capture]:
     """All that belongs to a method."""
@@ -222,7 +229,7 @@ def predict(task: Task, chosen: list[Capture], seed: int) -> Iterator[Prediction
                     influence.scores(task.queries, damping=HeuristicDamping(factor), **capture.asked),
                     task.subsets(),
                 )
-                for factor in (task.damping_factors + capture.further_factors if capture.is_damped else (1.0,))
+                for factor in capture.factors(task)
             }
             size = rows * float(influence.store.attributes["bytes_per_row"])
             yield Prediction(capture.family, capture.variant, seed, sums, size)

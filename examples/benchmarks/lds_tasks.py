@@ -167,6 +167,7 @@ class Task:
         num_subsets: halves of the training examples.
         num_seeds: of each half.
         damping_factors: that are tried.
+        weak_factors: that EK-FAC is tried with, too; some other matrices cannot be inverted with so little.
         budgets: bytes per example that are tried.
     """
 
@@ -179,6 +180,7 @@ class Task:
     num_subsets: int
     num_seeds: int
     damping_factors: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    weak_factors: tuple[float, ...] = ()
     budgets: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
 
     @functools.cached_property
@@ -249,7 +251,8 @@ TASKS = {
             batch_size=32,
             num_subsets=60,
             num_seeds=4,
-            damping_factors=(1e-4, 1e-3, 0.01, 0.1, 1.0),
+            damping_factors=(0.001, 0.01, 0.1, 1.0, 10.0),
+            weak_factors=(1e-4,),
             budgets=(1024, 2048, 4096, 8192, 16384, 32768),
         ),
     )

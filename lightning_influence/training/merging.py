@@ -221,6 +221,11 @@ class TrajectoryCapture:
         for names, reason in ((without, "as it learnt in no epoch"), (frozen, "as it was frozen at last")):
             if names:
                 rank_zero_warn(f"InfluenceCallback: {', '.join(names)}: not in the merged rows, {reason}.")
+        for name, epochs in self._trajectory.left_out.items():
+            rank_zero_warn(
+                f"InfluenceCallback: epochs {', '.join(map(str, epochs))} add nothing to the merged rows of "
+                f"{name}, whose gradient had another shape then, as if its bias was frozen in some epochs only."
+            )
 
     def close(self, *, keeps_rows: bool) -> None:
         """Leave the epochs' rows to a resumed run, or delete them; may be called more than once."""

@@ -157,7 +157,11 @@ class Trajectory:
         """Add factors, attributes and documents, and put the merged file into place."""
         counts = {f"rows_{name}": count for name, count in asdict(merged.counts).items()}
         bytes_per_row = sum(layer.codec.bytes_per_row for layer in merged.layers.values())
-        described = [{"epoch": e.epoch, "weights": dict(e.weights), **e.facts} for e in self.epochs]
+        weights = {name: self._weights_of(name) for name in merged.layers}
+        described = [
+            {"epoch": epoch.epoch, "weights": {name: own[number] for name, own in weights.items()}, **epoch.facts}
+            for number, epoch in enumerate(self.epochs)
+        ]
         writer.finish(
             attributes={**attributes, **counts, "bytes_per_row": bytes_per_row, "epochs_merged": len(self.epochs)},
             documents={
@@ -240,6 +244,15 @@ class Trajectory:
     def not_in_the_last(self) -> list[str]:
         """Layers that were trained in an earlier epoch only, which are left out too."""
         return sorted({name for epoch in self.epochs for name in epoch.plans} - set(self._plans))
+
+    @property
+    def left_out(self) -> dict[str, list[int]]:
+        """By layer, epochs that add nothing to it, as it was another matrix of parameters then."""
+        others = {
+            name: [epoch.epoch for epoch in self.epochs if name in epoch.plans and not epoch.has(name, plan)]
+            for name, plan in self._plans.items()
+        }
+        return {name: epochs for name, epochs in others.items() if epochs}
 
     def _weights_of(self, name: str) -> list[float]:
         """Each epoch's; 0 where the layer was not trained, or was another matrix."""

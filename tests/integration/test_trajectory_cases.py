@@ -93,8 +93,12 @@ def test_a_bias_that_is_frozen_or_unfrozen_between_epochs_does_not_cost_the_file
         def on_train_epoch_start(self) -> None:
             self.layers[0].bias.requires_grad_((self.current_epoch == 0) == is_trained_at_first)
 
-    reader = StoreReader(train(tmp_path, Changing()))
+    with pytest.warns(UserWarning, match="epochs 0 add nothing to the merged rows of layers.0"):
+        reader = StoreReader(train(tmp_path, Changing()))
     assert set(reader.layers) == {"layers.0", "layers.2"}
+    weights = [epoch["weights"] for epoch in reader.document("trajectory")["epochs"]]
+    assert [own["layers.0"] for own in weights] == pytest.approx([0.0, 0.5, 0.25, 0.125])
+    assert [own["layers.2"] for own in weights] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
 
 
 class OnSequences(pl.LightningModule):

@@ -74,8 +74,9 @@ class LayerTrajectory:
                 pairs.append(own)
         if self._is_dense:
             return DenseGradient(dense)
-        if not pairs:
-            return DenseGradient(torch.zeros(len(rows), *self._plan.shape))
+        if not pairs:  # nobody has seen them
+            o, i = self._plan.shape
+            return FactoredGradient(torch.zeros(len(rows), 1, i), torch.zeros(len(rows), 1, o))
         return FactoredGradient(
             torch.cat([own.inputs for own in pairs], dim=1), torch.cat([own.output_grads for own in pairs], dim=1)
         )

@@ -1,0 +1,49 @@
+"""A layer's gradients in several epochs: what is read of them, and how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightning_influence.gradients import FactoredGradient
+from lightning_influence.layer_plan import LayerPlan
+from lightning_influence.row_file import specs
+from lightning_influence.store import StoreWriter
+from lightning_influence.trajectory import EpochRows
+from lightning_influence.trajectory.examples import Examples
+from lightning_influence.trajectory.layer import LayerTrajectory
+from tests.reference.models import random
+
+N, SHAPE = 6, (50, 40)
+
+
+def epoch_of(folder: Path, number: int, rows: np.ndarray, *, is_in: bool = True) -> EpochRows:
+    """An epoch that has seen some examples, whose gradients are pairs."""
+    plan = LayerPlan(SHAPE, False, "pairs", 1, "float16")
+    codec = plan.codec_without_basis()
+    writer = StoreWriter(folder / f"{number}.h5", num_examples=N, store_id="examples")
+    writer.create({"layer": specs(codec)} if is_in else {})
+    o, i = SHAPE
+    pairs = FactoredGradient(
+        random(len(rows), 1, i, seed=number).float(), random(len(rows), 1, o, seed=9 + number).float()
+    )
+    arrays = {"layer": {key: array.numpy() for key, array in codec.encode(pairs).items()}} if is_in else {}
+    writer.write_rows(rows, columns={"valid": np.ones(len(rows), np.uint8)}, arrays=arrays)
+    return EpochRows(number, writer, {"layer": plan} if is_in else {}, {"layer": 1.0}, {})
+
+
+def test_sums_of_examples_that_the_layer_has_not_seen_take_no_whole_gradients(tmp_path: Path) -> None:
+    epochs = [
+        epoch_of(tmp_path, 0, np.arange(3), is_in=False),  # frozen
+        epoch_of(tmp_path, 1, np.arange(3, N)),
+    ]
+    examples = Examples(epochs, N)
+    layer = LayerTrajectory("layer", epochs[-1].plans["layer"], epochs, [0.0, 1.0], examples)
+    unseen = layer.summed(np.arange(3))
+    assert unseen.shape == SHAPE
+    assert len(unseen) == 3
+    assert unseen.nbytes < 4 * N * sum(SHAPE)
+    assert not unseen.dense().any()
+    torch.testing.assert_close(layer.summed(np.arange(N))[3:].dense(), layer.summed(np.arange(3, N)).dense())

@@ -12,6 +12,7 @@ from lightning_influence.codecs import DenseCodec
 from lightning_influence.functional.eigenvalues import second_moment_sum
 from lightning_influence.functional.gradient_covariance import GradientCovariance
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
+from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import DenseGradient, FactoredGradient, LayerGradient
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.trajectory.examples import Examples
@@ -19,11 +20,18 @@ from lightning_influence.trajectory.rows import EpochRows
 
 CHUNK_BYTES = 4 * 2**20  # of gradients that are added up at a time: what stays in a processor's cache
 BASIS_GRADIENTS = 4096  # of all epochs together, of which a basis is made
-BASIS_GRADIENTS_PER_ENTRY = 4  # of a gradient's longer side, at least
+BASIS_GRADIENTS_PER_ENTRY = 4  # of the longest side that is rotated, at least
 LAMBDA_GRADIENTS = 1024  # of all epochs together, of which Lambda is made
 LAMBDA_EXAMPLES = 128  # of each epoch, at least
 LAMBDA_PRODUCTS = 5 * 10**10  # multiply-adds for a Lambda at most, of gradients that are no pairs,
 LAMBDA_AT_LEAST = 32  # but so many examples of each epoch, whatever that takes
+
+
+def basis_gradients(shape: tuple[int, int], structure: KroneckerStructure) -> int:
+    """Of how many gradients [o, i], of all epochs together, a basis is made."""
+    o, i = shape
+    longest = max(i * structure.full_A, o // structure.groups * structure.full_S)
+    return max(BASIS_GRADIENTS, BASIS_GRADIENTS_PER_ENTRY * longest)
 
 
 class LayerTrajectory:
@@ -91,8 +99,7 @@ class LayerTrajectory:
         if plan.structure.is_diagonal:
             return diagonal_basis(plan.shape)
         covariance = GradientCovariance(plan.shape, plan.structure)
-        wanted = max(BASIS_GRADIENTS, BASIS_GRADIENTS_PER_ENTRY * max(plan.shape))
-        for number, rows in self._drawn(self._share_of(wanted)):
+        for number, rows in self._drawn(self._share_of(basis_gradients(plan.shape, plan.structure))):
             for gradient in self._read(number, rows):
                 covariance.add(gradient, 1 / len(rows))
         return eigenbasis(*covariance.compute(), plan.structure)

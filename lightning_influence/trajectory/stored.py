@@ -44,12 +44,7 @@ from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import mean_learning_rate, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader, StoreWriter
 from lightning_influence.trajectory.examples import Examples
-from lightning_influence.trajectory.layer import (
-    BASIS_GRADIENTS,
-    BASIS_GRADIENTS_PER_ENTRY,
-    LAMBDA_EXAMPLES,
-    LAMBDA_GRADIENTS,
-)
+from lightning_influence.trajectory.layer import LAMBDA_EXAMPLES, LAMBDA_GRADIENTS, basis_gradients
 
 Weighting = Literal["learning_rate", "mean"]
 Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]  # such as a progress bar
@@ -215,7 +210,7 @@ def _basis(name: str, epochs: list[StoredEpoch], examples: Examples, structure: 
     if structure.is_diagonal:
         return diagonal_basis(shape)
     covariance = GradientCovariance(shape, structure)
-    each = -(-max(BASIS_GRADIENTS, BASIS_GRADIENTS_PER_ENTRY * max(shape)) // len(epochs))
+    each = -(-basis_gradients(shape, structure) // len(epochs))
     for number, epoch in enumerate(epochs):
         rows = examples.sample_in(number, each)
         for part in _parts(rows, shape):

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import FactoredGradient
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.row_file import specs
 from lightning_influence.store import StoreWriter
 from lightning_influence.trajectory import EpochRows
 from lightning_influence.trajectory.examples import Examples
-from lightning_influence.trajectory.layer import LayerTrajectory
+from lightning_influence.trajectory.layer import BASIS_GRADIENTS, LayerTrajectory, basis_gradients
 from tests.reference.models import random
 
 N, SHAPE = 6, (50, 40)
@@ -47,3 +49,17 @@ def test_sums_of_examples_that_the_layer_has_not_seen_take_no_whole_gradients(tm
     assert unseen.nbytes < 4 * N * sum(SHAPE)
     assert not unseen.dense().any()
     torch.testing.assert_close(layer.summed(np.arange(N))[3:].dense(), layer.summed(np.arange(3, N)).dense())
+
+
+@pytest.mark.parametrize(
+    ("shape", "structure", "expected"),
+    [
+        ((10, 20), FULL, BASIS_GRADIENTS),
+        ((10, 5000), FULL, 20000),
+        ((5000, 10), FULL, 20000),
+        ((50000, 64), KroneckerStructure(full_S=False), BASIS_GRADIENTS),  # a table's rows are not rotated
+        ((5000, 10), KroneckerStructure(groups=5000), BASIS_GRADIENTS),
+    ],
+)
+def test_gradients_for_a_basis_grow_with_the_sides_that_are_rotated(shape, structure, expected) -> None:
+    assert basis_gradients(shape, structure) == expected

@@ -27,12 +27,8 @@ class Examples:
         for columns in self._columns:
             self._written |= columns["written"].astype(bool)
 
-    def times(self, number: int, rows: np.ndarray) -> np.ndarray:
-        """How often an epoch's gradients of some examples count."""
-        return self._times[number][rows]
-
     def times_of(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The same of all epochs, in order."""
+        """How often some examples' gradients count in each epoch, in order."""
         return [times[rows] for times in self._times]
 
     def sample(self, size: int) -> np.ndarray:
@@ -40,10 +36,13 @@ class Examples:
         return np.random.default_rng(0).permutation(np.flatnonzero(self.valid))[:size]  # an own generator
 
     def sample_in(self, number: int, size: int) -> np.ndarray:
-        """Up to so many examples that an epoch has seen, in order; for each epoch others, if there are enough."""
-        seen = self.sample(len(self.valid))
-        seen = np.roll(seen, -number * size)
-        return np.sort(seen[self._times[number][seen] > 0][:size])
+        """Up to so many examples that an epoch has seen, in order, each as often as it counts.
+
+        They are others for each epoch, if there are enough.
+        """
+        times, seen = self._times[number], np.roll(self.sample(len(self.valid)), -number * size)
+        drawn = np.sort(seen[times[seen] > 0][:size])
+        return np.repeat(drawn, times[drawn])
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         """The examples that have a row, some at a time."""

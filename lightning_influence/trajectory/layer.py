@@ -111,7 +111,6 @@ class LayerTrajectory:
         if self._plan.codec == "dense":  # each is rotated whole
             size = min(size, max(LAMBDA_AT_LEAST, self._share_of(LAMBDA_PRODUCTS // (o * i * (o + i)))))
         for number, seen in self._drawn(size):
-            seen = np.repeat(seen, self._examples.times(number, seen))
             epochs += 1
             for gradient in self._read(number, seen):
                 total += second_moment_sum(gradient, basis) / len(seen)
@@ -122,7 +121,7 @@ class LayerTrajectory:
         return -(-gradients // sum(map(bool, self._shares)))
 
     def _drawn(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Of each epoch that counts, its place and up to so many examples that it has seen."""
+        """Of each epoch that counts, its place and what `Examples.sample_in` draws."""
         for number, share in enumerate(self._shares):
             rows = self._examples.sample_in(number, size)
             if share and len(rows):

@@ -232,7 +232,6 @@ def _mean_squares(name: str, basis: Eigenbasis, epochs: list[StoredEpoch], examp
         seen = examples.sample_in(number, max(LAMBDA_EXAMPLES, -(-LAMBDA_GRADIENTS // len(epochs))))
         if not len(seen):
             continue
-        seen = np.repeat(seen, examples.times(number, seen))
         for part in _parts(seen, basis.shape):
             total += second_moment_sum(epoch.gradients(name, part), basis) / len(seen)
         total += epoch.cut_off_in(name, basis)

@@ -43,12 +43,12 @@ def merged_gradients(epochs: Sequence[Epoch]) -> Tensor:
 
 
 def averaged_moments(epochs: Sequence[Epoch]) -> tuple[Tensor, Tensor]:
-    """A = E[G^T G] and S = E[G G^T] of the examples that each epoch saw, the mean over the epochs."""
+    """A = E[G^T G] and S = E[G G^T] of the examples as often as each epoch saw them, the mean over the epochs."""
     A = S = 0.0
     for epoch in epochs:
-        G = epoch.gradients[epoch.times > 0]
-        A = A + (G.mT @ G).mean(0) / len(epochs)
-        S = S + (G @ G.mT).mean(0) / len(epochs)
+        G, share = epoch.gradients, epoch.times[:, None, None] / epoch.times.sum() / len(epochs)
+        A = A + (G.mT @ G * share).sum(0)
+        S = S + (G @ G.mT * share).sum(0)
     return A, S
 
 

@@ -16,12 +16,13 @@ N = 20
 
 @pytest.fixture
 def examples(tmp_path: Path) -> Examples:
-    """Of three epochs, the second of which has not seen the first five examples."""
+    """Of three epochs, the second of which has not seen the first five examples, and the last one twice."""
     epochs = []
     for number, rows in enumerate((np.arange(N), np.arange(5, N), np.arange(N))):
         writer = StoreWriter(tmp_path / f"{number}.h5", num_examples=N, store_id="examples")
         writer.create({"layer": {"a": ArraySpec((1,), np.dtype("f4"))}})
-        columns = {"valid": np.ones(len(rows), np.uint8)}
+        times = np.where((rows == N - 1) & (number == 1), 2, 1).astype(np.int32)
+        columns = {"valid": np.ones(len(rows), np.uint8), "occurrences": times}
         writer.write_rows(rows, columns=columns, arrays={"layer": {"a": np.zeros((len(rows), 1), np.float32)}})
         epochs.append(EpochRows(number, writer, {}, {}, {}))
     return Examples(epochs, N)
@@ -36,8 +37,11 @@ def test_of_each_epoch_others_are_drawn_in_order(examples: Examples) -> None:
 
 
 def test_only_what_the_epoch_has_seen_is_drawn(examples: Examples) -> None:
-    assert examples.sample_in(1, N).tolist() == list(range(5, N))
     assert min(examples.sample_in(1, 6)) >= 5
+
+
+def test_examples_are_drawn_as_often_as_the_epoch_has_seen_them(examples: Examples) -> None:
+    assert examples.sample_in(1, N).tolist() == [*range(5, N), N - 1]
 
 
 @pytest.mark.parametrize("number", [0, 2])

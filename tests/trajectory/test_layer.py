@@ -51,6 +51,18 @@ def test_sums_of_examples_that_the_layer_has_not_seen_take_no_whole_gradients(tm
     torch.testing.assert_close(layer.summed(np.arange(N))[3:].dense(), layer.summed(np.arange(3, N)).dense())
 
 
+def test_basis_and_eigenvalues_are_of_examples_as_often_as_they_were_seen(tmp_path: Path) -> None:
+    """So both have the trace of the Fisher block of what was drawn."""
+    epochs = [epoch_of(tmp_path, 0, np.array([0, 0, 0, 0, 1, 2])), epoch_of(tmp_path, 1, np.arange(N))]
+    layer = LayerTrajectory("layer", epochs[-1].plans["layer"], epochs, [0.5, 0.5], Examples(epochs, N))
+    basis = layer.basis()
+    squares = [epoch.read("layer", np.arange(N)).dense().square().sum((1, 2)) for epoch in epochs]
+    times = torch.tensor([4.0, 1, 1, 0, 0, 0])
+    expected = ((squares[0] * times).sum() / times.sum() + squares[1].mean()) / 2
+    torch.testing.assert_close(basis.eigenvalue_products().sum(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(layer.mean_squares(basis).sum(), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("shape", "structure", "expected"),
     [

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.functional.structure import FULL, KroneckerStructure
 from lightning_influence.gradients import FactoredGradient, LayerGradient
 
-PROBES = 8  # of each gradient and side; sides that are no wider are exact
+PROBES = 8  # of each gradient and side, unless gradients are few; sides that are no wider are exact
 
 
 class GradientCovariance:
@@ -27,6 +27,7 @@ class GradientCovariance:
     Args:
         shape: (o, i) of the layer's gradient.
         structure: which of the two are matrices, and in how many groups.
+        probes: of each gradient and side.
 
     Example:
         >>> sums = GradientCovariance((1, 2))
@@ -36,8 +37,10 @@ class GradientCovariance:
         ([[36.0, 48.0], [48.0, 64.0]], [[1.0]])
     """
 
-    def __init__(self, shape: tuple[int, int], structure: KroneckerStructure = FULL) -> None:
-        self._structure = structure
+    def __init__(
+        self, shape: tuple[int, int], structure: KroneckerStructure = FULL, *, probes: int = PROBES
+    ) -> None:
+        self._structure, self._number = structure, probes
         self._A = torch.zeros(structure.inputs_shape(shape))
         self._S = torch.zeros(structure.outputs_shape(shape))
         self._weight = 0.0
@@ -72,8 +75,8 @@ class GradientCovariance:
         )
 
     def _probes(self, n: int, y: int) -> Tensor:
-        """Of n examples, [n, y, PROBES]: those of neighbours are the same numbers, a place further on."""
-        return torch.randn(n - 1 + y, PROBES, generator=self._generator).unfold(0, y, 1).mT
+        """Of n examples, [n, y, probes]: those of neighbours are the same numbers, a place further on."""
+        return torch.randn(n - 1 + y, self._number, generator=self._generator).unfold(0, y, 1).mT
 
     def _add(self, total: Tensor, matrices: Tensor, weight: float, *, is_full: bool) -> None:
         """Add M M^T, or its diagonal, of matrices [g, n, x, y]."""
@@ -82,8 +85,8 @@ class GradientCovariance:
         if not is_full:
             total.add_(matrices.square().sum((1, 3)), alpha=weight)
             return
-        if y > PROBES:
-            matrices, weight = matrices @ self._probes(matrices.shape[1], y), weight / PROBES
+        if y > self._number:
+            matrices, weight = matrices @ self._probes(matrices.shape[1], y), weight / self._number
         for own, vectors in zip(total, matrices.mT.reshape(groups, -1, x), strict=True):
             _add_squares(own, vectors, weight)
 

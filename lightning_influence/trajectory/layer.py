@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.codecs import DenseCodec
 from lightning_influence.functional.eigenvalues import second_moment_sum
-from lightning_influence.functional.gradient_covariance import GradientCovariance
+from lightning_influence.functional.gradient_covariance import PROBES, GradientCovariance
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import DenseGradient, FactoredGradient, LayerGradient
@@ -32,6 +32,15 @@ def basis_gradients(shape: tuple[int, int], structure: KroneckerStructure) -> in
     o, i = shape
     longest = max(i * structure.full_A, o // structure.groups * structure.full_S)
     return max(BASIS_GRADIENTS, BASIS_GRADIENTS_PER_ENTRY * longest)
+
+
+def basis_covariance(shape: tuple[int, int], structure: KroneckerStructure, gradients: int) -> GradientCovariance:
+    """Of so many gradients; where they are few, of as many probes together as `basis_gradients` have, or exact."""
+    o, i = shape[0] // structure.groups, shape[1]
+    probes = max(PROBES, -(-PROBES * basis_gradients(shape, structure) // max(1, gradients)))
+    if probes > PROBES and probes * (o + i) >= o * i:  # so many take more work than none
+        probes = max(o, i)
+    return GradientCovariance(shape, structure, probes=probes)
 
 
 class LayerTrajectory:
@@ -98,8 +107,9 @@ class LayerTrajectory:
         plan = self._plan
         if plan.structure.is_diagonal:
             return diagonal_basis(plan.shape)
-        covariance = GradientCovariance(plan.shape, plan.structure)
-        for number, rows in self._drawn(self._share_of(basis_gradients(plan.shape, plan.structure))):
+        drawn = list(self._drawn(self._share_of(basis_gradients(plan.shape, plan.structure))))
+        covariance = basis_covariance(plan.shape, plan.structure, sum(len(rows) for _, rows in drawn))
+        for number, rows in drawn:
             for gradient in self._read(number, rows):
                 covariance.add(gradient, 1 / len(rows))
         return eigenbasis(*covariance.compute(), plan.structure)

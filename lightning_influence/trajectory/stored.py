@@ -33,7 +33,6 @@ from torch import Tensor
 from lightning_influence.codecs import EigenCodec, PairsCodec, allocate
 from lightning_influence.errors import QueryError
 from lightning_influence.functional.eigenvalues import second_moment_sum
-from lightning_influence.functional.gradient_covariance import GradientCovariance
 from lightning_influence.functional.kronecker import Eigenbasis, diagonal_basis, eigenbasis
 from lightning_influence.functional.structure import KroneckerStructure
 from lightning_influence.gradients import DenseGradient, LayerGradient
@@ -44,7 +43,12 @@ from lightning_influence.scoring import ScoredLayer
 from lightning_influence.segments import mean_learning_rate, segments_up_to, weighted_segments
 from lightning_influence.store import StoreReader, StoreWriter
 from lightning_influence.trajectory.examples import Examples
-from lightning_influence.trajectory.layer import LAMBDA_EXAMPLES, LAMBDA_GRADIENTS, basis_gradients
+from lightning_influence.trajectory.layer import (
+    LAMBDA_EXAMPLES,
+    LAMBDA_GRADIENTS,
+    basis_covariance,
+    basis_gradients,
+)
 
 Weighting = Literal["learning_rate", "mean"]
 Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]  # such as a progress bar
@@ -209,10 +213,10 @@ def _basis(name: str, epochs: list[StoredEpoch], examples: Examples, structure: 
     shape = epochs[-1].layers[name].basis.shape
     if structure.is_diagonal:
         return diagonal_basis(shape)
-    covariance = GradientCovariance(shape, structure)
     each = -(-basis_gradients(shape, structure) // len(epochs))
-    for number, epoch in enumerate(epochs):
-        rows = examples.sample_in(number, each)
+    drawn = [examples.sample_in(number, each) for number in range(len(epochs))]
+    covariance = basis_covariance(shape, structure, sum(map(len, drawn)))
+    for rows, epoch in zip(drawn, epochs, strict=True):
         for part in _parts(rows, shape):
             covariance.add(epoch.gradients(name, part), 1 / len(rows))
         covariance.add_moments(*epoch.cut_off_moments(name))

@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from lightning_influence.functional.structure import FULL, KroneckerStructure
-from lightning_influence.gradients import FactoredGradient
+from lightning_influence.gradients import DenseGradient, FactoredGradient
 from lightning_influence.layer_plan import LayerPlan
 from lightning_influence.row_file import specs
 from lightning_influence.store import StoreWriter
 from lightning_influence.trajectory import EpochRows
 from lightning_influence.trajectory.examples import Examples
-from lightning_influence.trajectory.layer import BASIS_GRADIENTS, LayerTrajectory, basis_gradients
+from lightning_influence.trajectory.layer import (
+    BASIS_GRADIENTS,
+    LayerTrajectory,
+    basis_covariance,
+    basis_gradients,
+)
 from tests.reference.models import random
 
 N, SHAPE = 6, (50, 40)
@@ -61,6 +66,24 @@ def test_basis_and_eigenvalues_are_of_examples_as_often_as_they_were_seen(tmp_pa
     expected = ((squares[0] * times).sum() / times.sum() + squares[1].mean()) / 2
     torch.testing.assert_close(basis.eigenvalue_products().sum(), expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(layer.mean_squares(basis).sum(), expected, rtol=1e-4, atol=0)
+
+
+def test_few_gradients_are_probed_so_often_that_their_covariances_are_exact() -> None:
+    G = random(5, 30, 40, seed=3).float()
+    covariance = basis_covariance((30, 40), FULL, len(G))
+    covariance.add(DenseGradient(G))
+    A, S = covariance.compute()
+    torch.testing.assert_close(A, (G.mT @ G).mean(0), rtol=1e-4, atol=1e-4)
+    expected = (G @ G.mT).mean(0)
+    torch.testing.assert_close(S, expected / expected.trace(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_table_is_not_probed_where_that_takes_more_work(monkeypatch) -> None:
+    G = random(3, 4000, 5, seed=3).float()
+    covariance = basis_covariance((4000, 5), KroneckerStructure(full_S=False), len(G))
+    monkeypatch.setattr(covariance, "_probes", None)
+    covariance.add(DenseGradient(G))
+    torch.testing.assert_close(covariance.compute()[0], (G.mT @ G).mean(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.errors import CaptureError
 from lightning_influence.functional.weights import weights_hash
-from lightning_influence.layer_plan import LayerPlan, expected_file_bytes
+from lightning_influence.layer_plan import COLUMN_BYTES, LayerPlan, expected_file_bytes
 from lightning_influence.processes import Processes
 from lightning_influence.recorder import Recorder
 from lightning_influence.store import StoreWriter
@@ -240,8 +240,8 @@ class TrajectoryCapture:
         (self._trajectory.suspend if keeps_rows else self._trajectory.discard)()
 
     def _check_room(self, plans: Mapping[str, LayerPlan], num_examples: int) -> None:
-        row = sum(plan.codec_without_basis().bytes_per_row for plan in plans.values())
-        wanted = self._num_epochs * expected_file_bytes(plans, row, num_examples)
+        row = COLUMN_BYTES + sum(plan.codec_without_basis().bytes_per_row for plan in plans.values())
+        wanted = expected_file_bytes(plans, self._num_epochs * row, num_examples)  # only one file has factors
         folder = next(parent for parent in self._path.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         if wanted > free:

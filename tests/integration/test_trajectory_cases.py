@@ -358,6 +358,20 @@ def test_weights_that_are_replaced_after_the_merge_are_warned_of(tmp_path, avera
 # --- memory ------------------------------------------------------------------------------------------
 
 
+class Wide(Classifier):
+    """Its factors are larger than all its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 200), nn.Tanh(), nn.Linear(200, 2))
+
+
+def test_epochs_that_wait_need_no_room_for_factors_of_their_own(tmp_path, monkeypatch):
+    """One file has them: 2 x 160 kB."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 500_000})())
+    assert merged(train(tmp_path, Wide())) == [0, 1, 2, 3]
+
+
 class Long(OnSequences):
     """A layer whose gradient is smaller than its pairs."""
 

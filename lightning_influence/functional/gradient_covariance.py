@@ -60,10 +60,10 @@ class GradientCovariance:
             self._add(self._A, G.mT, weight, is_full=self._structure.full_A)
             self._add(self._S, G, weight, is_full=self._structure.full_S)
 
-    def add_moments(self, A: Tensor, S: Tensor, weight: float = 1.0) -> None:
-        """Add what gradients lack that were added with this weight: E[G^T G] and E[G G^T] of the rest."""
-        self._A.add_(A, alpha=weight)
-        self._S.add_(S, alpha=weight)
+    def add_moments(self, A: Tensor, S: Tensor) -> None:
+        """Add E[G^T G] and E[G G^T] of what gradients lack whose weights sum to 1."""
+        self._A += A
+        self._S += S
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """A and S over everything seen, in the shapes that the structure gives."""

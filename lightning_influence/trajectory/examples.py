@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -33,14 +34,18 @@ class Examples:
 
     def sample(self, size: int) -> np.ndarray:
         """Up to so many examples, at random but always the same."""
-        return np.random.default_rng(0).permutation(np.flatnonzero(self.valid))[:size]  # an own generator
+        return self._order[:size]
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng(0).permutation(np.flatnonzero(self.valid))  # an own generator
 
     def sample_in(self, number: int, size: int) -> np.ndarray:
         """Up to so many examples that an epoch has seen, in order, each as often as it counts.
 
         They are others for each epoch, if there are enough.
         """
-        times, seen = self._times[number], np.roll(self.sample(len(self.valid)), -number * size)
+        times, seen = self._times[number], np.roll(self._order, -number * size)
         drawn = np.sort(seen[times[seen] > 0][:size])
         return np.repeat(drawn, times[drawn])
 

@@ -9,6 +9,7 @@ over the queries.
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods final merged segments dot kfac
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods merged-later
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods diagonal fisher fisher-merged
+    python examples/benchmarks/lds.py --task transformer --methods linear     # only layers that kronfluence has
     python examples/benchmarks/lds.py --task mlp cnn --methods labels         # labels that the model predicts
     python examples/benchmarks/lds.py --task mlp cnn transformer --methods kronfluence
     python examples/benchmarks/lds.py --methods --picture lds.png      # from the results that there are
@@ -68,6 +69,7 @@ METHODS = (
     "diagonal",
     "fisher",
     "fisher-merged",
+    "linear",
     "labels",
     "kronfluence",
 )
@@ -132,6 +134,11 @@ def captures(task: Task, method: str) -> list[Capture]:
             kinds["exact"] = {"fisher": "exact"}
         reference = Capture(*REFERENCE, whole)
         return [reference] + [Capture("labels, final epoch", name, {**whole, **o}) for name, o in kinds.items()]
+    if method == "linear":
+        names = [f"net.{n}" for n, m in task.net(0).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        asked = {"layers": names}
+        final = Capture("linear layers only, final epoch", "uncompressed", whole, asked)
+        return [final, _with_budget("linear layers only, merged", UNCOMPRESSED, asked, epochs="every")]
     if method == "final":
         kept = [Capture(*REFERENCE, whole)]
         if task.name == "mlp":  # pairs have no budget
@@ -149,8 +156,8 @@ def captures(task: Task, method: str) -> list[Capture]:
     if method == "merged-later":
         kept = _with_budget("every epoch, segments merged later", 8192, epochs="every", trajectory="segments")
         return [replace(kept, merges_later=True)]
-    asked = {"segments": "learning_rate"}
-    return [_with_budget("every epoch, segments", 8192, asked, epochs="every", trajectory="segments")]
+    by_rate = {"segments": "learning_rate"}
+    return [_with_budget("every epoch, segments", 8192, by_rate, epochs="every", trajectory="segments")]
 
 
 def _with_budget(family: str, budget: int, asked: Mapping[str, Any] | None = None, **options: Any) -> Capture:
@@ -315,7 +322,7 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-2])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS[:-3])
     parser.add_argument("--seeds", type=int, default=3, help="training runs on all examples")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where truth and predictions are kept")
     parser.add_argument("--resume", action="store_true", help="keep predictions that are there")

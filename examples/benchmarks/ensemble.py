@@ -18,9 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from lds_scores import Prediction, bootstrap, lds, predictions_folder, usable
+import torch
+from lds_scores import Prediction, lds, predictions_folder, usable
 from lds_tasks import DEFAULT_CACHE, TASKS, Task, load_truth
 from scipy.stats import rankdata
+from torch import Tensor
+
+from lightning_influence.metrics import bootstrap_rank_correlations
 
 FAMILIES = ("final epoch", "every epoch, merged", "kronfluence EK-FAC", "gradient dot product")
 
@@ -30,18 +34,23 @@ FAMILIES = ("final epoch", "every epoch, merged", "kronfluence EK-FAC", "gradien
 # --------
 
 
-def averages(runs: np.ndarray) -> dict[str, np.ndarray]:
+def averages(runs: Tensor) -> dict[str, Tensor]:
     """By name: one prediction [q, subsets] of the predictions of several runs, [runs, q, subsets]."""
     return {
         "mean": runs.mean(0),
-        "standardized": (runs / runs.std(2, keepdims=True)).mean(0),
-        "ranks": rankdata(runs, axis=-1).mean(0),
+        "standardized": (runs / runs.std(2, keepdim=True)).mean(0),
+        "ranks": torch.from_numpy(rankdata(runs, axis=-1)).mean(0),
     }
 
 
-def kept(task: Task, cache: Path) -> Iterator[tuple[str, np.ndarray]]:
+def truth_of(task: Task, cache: Path) -> Tensor:
+    """Mean log-likelihoods, [q, subsets]."""
+    return torch.from_numpy(usable(load_truth(task, cache))).double().mean(1).T
+
+
+def kept(task: Task, cache: Path) -> Iterator[tuple[str, Tensor]]:
     """What each method predicts, at the damping that is best for single runs: name and [runs, q, subsets]."""
-    actual = usable(load_truth(task, cache)).mean(1).T
+    actual = truth_of(task, cache)
     methods: dict[str, dict[str, list[np.ndarray]]] = {}
     for path in sorted(predictions_folder(task, cache).glob("*.npz")):
         found = Prediction.load(path)
@@ -50,7 +59,7 @@ def kept(task: Task, cache: Path) -> Iterator[tuple[str, np.ndarray]]:
             for damping, sums in found.sums.items():
                 methods.setdefault(name, {}).setdefault(damping, []).append(sums)
     for name, dampings in methods.items():
-        runs = {damping: np.stack(sums) for damping, sums in dampings.items()}
+        runs = {damping: torch.from_numpy(np.stack(sums)) for damping, sums in dampings.items()}
         best = max(runs, key=lambda damping: float(np.mean([lds(run, actual) for run in runs[damping]])))
         yield f"{name} (damping {best})", runs[best]
 
@@ -63,12 +72,12 @@ def kept(task: Task, cache: Path) -> Iterator[tuple[str, np.ndarray]]:
 def main() -> None:
     for name in args.task:
         task = TASKS[name]
-        actual = usable(load_truth(task, args.cache)).mean(1).T
+        actual = truth_of(task, args.cache)
         for method, runs in kept(task, args.cache):
             joined = averages(runs)
             single = float(np.mean([lds(run, actual) for run in runs]))
-            drawn = bootstrap([runs, *(sums[None] for sums in joined.values())], actual)
-            errors = (drawn[1:] - drawn[0]).std(1, ddof=1)
+            drawn = bootstrap_rank_correlations([runs, *(sums[None] for sums in joined.values())], actual)
+            errors = (drawn[1:] - drawn[0]).std(1)
             gains = [
                 f"{average} {lds(sums, actual):.3f} ({lds(sums, actual) - single:+.3f} ± {error:.3f})"
                 for (average, sums), error in zip(joined.items(), errors, strict=True)

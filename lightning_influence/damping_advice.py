@@ -109,7 +109,7 @@ def _scores(
     rules: list[Mapping[str, Damping]],
 ) -> Tensor:
     """Scores of some rows, of which some are the queries, by each rule, [rules, q, n]."""
-    scores, curvature = torch.zeros(len(rules), len(asked), len(rows)), get_curvature("ekfac")
+    scores, curvature = torch.zeros(len(rules), len(asked), len(rows), dtype=torch.float32), get_curvature("ekfac")
     for name, layer in layers.items():
         arrays = {
             key: torch.from_numpy(np.array(array[rows])).to(layer.Lambda.device)

@@ -67,7 +67,7 @@ class RowTrial:
 
     def error(self, allocations: Mapping[str, Allocation]) -> float:
         """1 - Spearman of the scores of such rows with exact ones."""
-        found = torch.zeros(self._others.shape)
+        found = torch.zeros(self._others.shape, dtype=torch.float32)
         for name, allocation in allocations.items():
             codec = EigenCodec.of(self._bases[name], allocation)
             projected = codec.project(self._asked[name], self._bases[name])

@@ -318,6 +318,6 @@ def _zeros(layer: TrackedLayer, n: int, like: Tensor) -> LayerGradient:
     o, i = layer.shape
     if layer.adapter.is_table:
         rows = torch.zeros(n, 1, dtype=torch.int64, device=like.device)
-        return RowGradient(o, rows, torch.zeros(n, 1, i, device=like.device))
-    zeros = torch.zeros(n, 1, i + o, device=like.device)
+        return RowGradient(o, rows, torch.zeros(n, 1, i, device=like.device, dtype=torch.float32))
+    zeros = torch.zeros(n, 1, i + o, device=like.device, dtype=torch.float32)
     return FactoredGradient(zeros[..., :i], zeros[..., i:])

@@ -61,7 +61,7 @@ def leave_one_out(
     if not is_list or not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
         raise ValueError(f"`indices` must be a list of dataset indices in 0..{count - 1}, got {chosen.tolist()}.")
     chosen = chosen.long()
-    weights = torch.ones(len(chosen) + 1, count)
+    weights = torch.ones(len(chosen) + 1, count, dtype=torch.float32)
     weights[torch.arange(len(chosen)), chosen] = 0  # the last row is the run with all
     weights = weights.to(objective.parameters) / count
     found, residual = _train(objective, batches, weights, weight_decay, steps, learning_rate)

@@ -52,7 +52,7 @@ class Drawn:
 
     def scores(self, engine: InfluenceQuery, inverses: list[Inverses]) -> Tensor:
         """Scores by each of several damped inverses of the factors, [inverses, q, n]; NaN for a row's own."""
-        total = torch.zeros(len(inverses), self._count, len(self.rows))
+        total = torch.zeros(len(inverses), self._count, len(self.rows), dtype=torch.float32)
         for name, layer in engine.layers.items():
             arrays = _arrays(engine, name, self.rows)
             for number, inverse in enumerate(inverses):

@@ -141,7 +141,7 @@ class LabelFactors:
         self._sizes_S[name].add(squared_output_norms(gradient), is_finite)
         if name in self._buffers:
             norms = squared_norms(gradient)
-            self._buffers[name].append(gradient.rescaled(torch.ones(())))  # a copy
+            self._buffers[name].append(gradient.rescaled(torch.ones((), dtype=torch.float32)))  # a copy
             self._buffered += gradient.nbytes
         elif codec is None:
             norms = squared_norms(gradient)
@@ -164,14 +164,14 @@ class LabelFactors:
             self._covariances[name].examples += n
         if name in self._buffers:
             o, i = plan.shape
-            self._buffers[name].append(DenseGradient(torch.zeros(n, o, i)))
+            self._buffers[name].append(DenseGradient(torch.zeros(n, o, i, dtype=torch.float32)))
         elif codec is None:
             self._eigenvalues[name].count(n)
         else:
             self._begin_selected(name)
             self._eigenvalues[name].count_some(n)
         for sizes in (self._sizes_S, self._sizes_Lambda):
-            sizes[name].add(torch.zeros(n))
+            sizes[name].add(torch.zeros(n, dtype=torch.float32))
 
     def _flush(self) -> None:
         waiting = {name: concatenate(buffer) for name, buffer in self._buffers.items() if buffer}
@@ -185,7 +185,7 @@ class _Eigenvalues:
 
     def __init__(self, basis: Eigenbasis) -> None:
         self._basis = basis
-        self._squares = torch.zeros(basis.shape, device=basis.eigenvalues_A.device)
+        self._squares = torch.zeros(basis.shape, device=basis.eigenvalues_A.device, dtype=torch.float32)
         self._counts = torch.zeros(2, dtype=torch.int64, device=basis.eigenvalues_A.device)  # whole, examples
 
     @property

@@ -108,7 +108,7 @@ class LabelPasses:
                 raw = capture.hooks.gradients()
             for name, gradient in raw.items():
                 check_rows(name, gradient, n)
-            factor = torch.tensor(1 / self._scale)
+            factor = torch.tensor(1 / self._scale, dtype=torch.float32)
             found = {name: g.rescaled(factor, None if is_copied else frozenset()) for name, g in raw.items()}
             if kept is not None:
                 found = {name: gradient[kept.to(gradient.device)] for name, gradient in found.items()}

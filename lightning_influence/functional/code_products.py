@@ -178,7 +178,7 @@ def _cut(matrix: Tensor, planes: int, width: int) -> Tensor:
 def _fold(units: Tensor) -> Tensor:
     """What makes sums of digits sums of entries: [q digit group, q group]."""
     q, groups = units.shape
-    powers = BASE ** -torch.arange(DIGITS)
+    powers = BASE ** -torch.arange(DIGITS).to(units)
     blocks = units[:, None, :] * powers[None, :, None]  # [q, digit, group]
     fold = units.new_zeros(q, DIGITS, groups, q, groups)
     query, group = torch.arange(q)[:, None], torch.arange(groups)[None, :]

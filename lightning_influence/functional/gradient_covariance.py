@@ -41,8 +41,8 @@ class GradientCovariance:
         self, shape: tuple[int, int], structure: KroneckerStructure = FULL, *, probes: int = PROBES
     ) -> None:
         self._structure, self._number = structure, probes
-        self._A = torch.zeros(structure.inputs_shape(shape))
-        self._S = torch.zeros(structure.outputs_shape(shape))
+        self._A = torch.zeros(structure.inputs_shape(shape), dtype=torch.float32)
+        self._S = torch.zeros(structure.outputs_shape(shape), dtype=torch.float32)
         self._weight = 0.0
         self._generator = torch.Generator().manual_seed(0)
 
@@ -76,7 +76,8 @@ class GradientCovariance:
 
     def _probes(self, n: int, y: int) -> Tensor:
         """Of n examples, [n, y, probes]: those of neighbours are the same numbers, a place further on."""
-        return torch.randn(n - 1 + y, self._number, generator=self._generator).unfold(0, y, 1).mT
+        numbers = torch.randn(n - 1 + y, self._number, generator=self._generator, dtype=torch.float32)
+        return numbers.unfold(0, y, 1).mT
 
     def _add(self, total: Tensor, matrices: Tensor, weight: float, *, is_full: bool) -> None:
         """Add M M^T, or its diagonal, of matrices [g, n, x, y]."""

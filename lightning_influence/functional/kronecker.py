@@ -133,7 +133,8 @@ def eigenbasis(A: Tensor, S: Tensor, structure: KroneckerStructure = FULL) -> Ei
 def diagonal_basis(shape: tuple[int, int], device: torch.device | str = "cpu") -> Eigenbasis:
     """The basis of the parameters themselves, for a gradient (o, i) whose Fisher block is diagonal."""
     o, i = shape
-    return Eigenbasis(None, None, torch.ones(i, device=device), torch.ones(o, device=device))
+    ones = torch.ones(max(o, i), device=device, dtype=torch.float32)
+    return Eigenbasis(None, None, ones[:i].clone(), ones[:o].clone())
 
 
 def _descending_eigh(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:

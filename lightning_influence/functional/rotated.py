@@ -36,7 +36,7 @@ def rotated_group_count(width: int) -> int:
 
 @functools.cache
 def _hadamard() -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < ROTATED_TOGETHER:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / ROTATED_TOGETHER**0.5
@@ -75,7 +75,7 @@ def quantize_rotated(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     width = rotated_width(values.shape[-1])
     flat = values.reshape(-1, values.shape[-1])
     codes = torch.empty(len(flat), width * bits // 8, dtype=torch.uint8, device=values.device)
-    steps = torch.empty(len(flat), rotated_group_count(width), device=values.device)
+    steps = torch.empty(len(flat), rotated_group_count(width), device=values.device, dtype=torch.float32)
     for rows in _chunks(flat):
         codes[rows], steps[rows] = _quantize(rotate_groups(flat[rows]), bits)
     lead = values.shape[:-1]
@@ -97,7 +97,7 @@ def restore_rotated(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
     largest = 2**bits - 1
     flat, flat_steps = codes.reshape(-1, codes.shape[-1]), steps.reshape(-1, steps.shape[-1])
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    values = torch.empty(len(flat), codes.shape[-1] * 8 // bits, device=codes.device)
+    values = torch.empty(len(flat), codes.shape[-1] * 8 // bits, device=codes.device, dtype=torch.float32)
     for rows in _chunks(values):
         places = (flat[rows].unsqueeze(-1) >> shifts) & largest  # [n, bytes, 8 / bits]
         values[rows] = scale_groups(places.flatten(1).float().sub_(largest / 2), flat_steps[rows], ROTATED_GROUP)

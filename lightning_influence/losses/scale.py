@@ -107,8 +107,8 @@ def declared_scale(kind: Literal["mean", "sum"], n: int, backpropagated_factor: 
         "count": count,
         "constant": constant,
     }
-    factor = _divide(count, torch.tensor(constant))
-    return LossScale(factor, torch.full((n,), math.nan), None, lambda: description)
+    factor = _divide(count, torch.tensor(constant, dtype=torch.float32))
+    return LossScale(factor, torch.full((n,), math.nan, dtype=torch.float32), None, lambda: description)
 
 
 @torch.no_grad()

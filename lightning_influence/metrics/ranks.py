@@ -55,7 +55,7 @@ def average_ranks(values: Tensor) -> Tensor:
         >>> average_ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
         [2.5, 1.0, 2.5]
     """
-    return SortedRows(values).ranks(torch.ones(values.shape[-1], device=values.device))
+    return SortedRows(values).ranks(torch.ones(values.shape[-1], device=values.device, dtype=torch.float32))
 
 
 def row_correlations(predicted: Tensor, actual: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -73,7 +73,7 @@ def row_correlations(predicted: Tensor, actual: Tensor, counts: Tensor | None = 
         >>> row_correlations(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])).tolist()
         [-1.0, 0.0]
     """
-    weights = torch.ones(actual.shape[-1], device=actual.device) if counts is None else counts
+    weights = torch.ones(actual.shape[-1], device=actual.device, dtype=torch.float32) if counts is None else counts
     kept = weights > 0
     weights = weights[kept].double()
     predicted, actual = predicted[..., kept].double(), actual[..., kept].double()

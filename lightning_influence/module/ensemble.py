@@ -94,12 +94,14 @@ class InfluenceEnsemble(LightningModule):
     def self_influence(self, **options: Any) -> Tensor:
         """The plain mean, [N]; arguments as in `InfluenceModule.self_influence`."""
         found = [model.self_influence(**options)[None] for model in self._members]
-        return _weighted_mean(found, [torch.ones(1)] * len(found), self._known(options))[0]
+        return _weighted_mean(found, [torch.ones(1, dtype=torch.float32)] * len(found), self._known(options))[0]
 
     def scores_between(self, indices: Subset, other_indices: Subset | None = None, **options: Any) -> Tensor:
         """The plain mean, [m, n]; arguments as in `InfluenceModule.scores_between`."""
         found = [model.scores_between(indices, other_indices, **options) for model in self._members]
-        return _weighted_mean(found, [torch.ones(1)] * len(found), [~each.isnan() for each in found])
+        return _weighted_mean(
+            found, [torch.ones(1, dtype=torch.float32)] * len(found), [~each.isnan() for each in found]
+        )
 
     def group_scores(self, batch: Any, groups: Groups, **options: Any) -> GroupAttribution:
         """Sums of the mean scores over groups of examples, as `InfluenceModule.group_scores`.
@@ -173,7 +175,7 @@ class InfluenceEnsemble(LightningModule):
             found: scores of all examples by each model, if they are there.
         """
         if self.average == "mean":
-            return [torch.ones(1)] * len(self.models)
+            return [torch.ones(1, dtype=torch.float32)] * len(self.models)
         if found is None or any(options.get(name) is not None for name in _OF_PARTS):
             others = {key: value for key, value in options.items() if key not in _OF_PARTS}
             found = [model.scores(batch, **others) for model in self._members]
@@ -285,7 +287,9 @@ def _joined_parts(
     by_model = torch.from_numpy(known)
     mean, by_any = _weighted_mean(found, weights, by_model), by_model.any(0)
     numbers = torch.tensor([number for number, _ in parts])
-    sums = torch.zeros(len(mean), count).index_add_(1, numbers, mean.masked_fill(~by_any, 0.0))
+    sums = torch.zeros(len(mean), count, dtype=torch.float32).index_add_(
+        1, numbers, mean.masked_fill(~by_any, 0.0)
+    )
     is_known = torch.zeros(count, dtype=torch.bool)
     is_known[numbers[by_any]] = True
     return sums.masked_fill(~is_known, torch.nan)

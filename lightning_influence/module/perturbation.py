@@ -58,7 +58,7 @@ def input_derivatives(
         seen = example_gradients(model, layers, batch, loss=loss)
         count, factor = len(seen), seen.scale.factor
     else:
-        count, factor = len(features), torch.ones(())
+        count, factor = len(features), torch.ones((), dtype=torch.float32)
     if len(features) != count:
         raise QueryError(f"`inputs` {inputs!r} has {len(features)} rows in a batch of {count} examples.")
     with torch.inference_mode(False), torch.enable_grad(), asked_of(model, layers), twice_differentiable():

@@ -178,7 +178,7 @@ class Asked:
 
     def self_influence(self) -> Tensor:
         """Grad L_n^T (G + damping)^-1 grad L_n of the examples asked about, in their order."""
-        result = torch.zeros(len(self.places))
+        result = torch.zeros(len(self.places), dtype=torch.float32)
         if isinstance(self.curvature, RowCurvature):
             return self._self_influence_by_rows(self.curvature)
         inverses = {
@@ -188,7 +188,7 @@ class Asked:
         bases = {(n, name): basis_of(self.curvature, layer.basis) for n, _, name, layer in self._each_layer()}
         step = rows_at_once([layer.codec for *_, layer in self._each_layer()], 1, self.budget)
         for chunk in read_chunks(self._maps(), self.places, step, self.device):
-            total = torch.zeros(chunk.part.stop - chunk.part.start)
+            total = torch.zeros(chunk.part.stop - chunk.part.start, dtype=torch.float32)
             for number, part in enumerate(self.parts):
                 own = torch.zeros_like(total)
                 for name in self.layers:
@@ -201,12 +201,12 @@ class Asked:
         return result
 
     def _self_influence_by_rows(self, curvature: RowCurvature) -> Tensor:
-        total = torch.zeros(len(self.known))
+        total = torch.zeros(len(self.known), dtype=torch.float32)
         for _, part, name, layer in self._each_layer():
             found = curvature.rows_part(part.segment._rows(name), layer.Lambda, part.rules[name]).self_influence()
             total[part.segment.valid] += part.weight * found.float().cpu()
         every = slice(0, len(self.places))
-        result = torch.zeros(len(self.places))
+        result = torch.zeros(len(self.places), dtype=torch.float32)
         result[self.places.columns(every)] = total.masked_fill_(~self.known, torch.nan)[self.places.rows(every)]
         return result
 
@@ -256,7 +256,7 @@ class Asked:
         places, every = Places(len(self.known)), slice(0, len(self.places))
         found: list[dict[str, Tensor]] = [{} for _ in self.parts]
         for number, part, name, layer in self._each_layer():
-            segment, own = part.segment, torch.zeros(count, len(places))
+            segment, own = part.segment, torch.zeros(count, len(places), dtype=torch.float32)
             maps = {name: segment.store.rows(name)}
             for chunk in read_chunks(maps, places, rows_at_once([layer.codec], count, self.budget), self.device):
                 own[:, chunk.part] = answer(prepared[number, name], chunk.arrays[name]).cpu()

@@ -119,7 +119,7 @@ class InfluenceQuery(OpenSegment):
         _check_k(k, asked.count_known())
         lots: dict[int, BestSoFar] = {}
         if not (count := _count(queries, asked)):
-            return Attribution(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
+            return Attribution(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k, dtype=torch.float32))
         for block in asked.blocks(count, _same_for_all(queries)):
             best = lots.setdefault(block.queries.start, BestSoFar(k, largest=largest))
             best.add(asked.places.indices(block.part), block.scores[""])
@@ -173,7 +173,7 @@ class InfluenceQuery(OpenSegment):
         asked = self._asked(Question(**options, subset=chosen))
         check_is_mean(asked.weights)
         self._check_known(chosen, asked)
-        effect = torch.zeros(_count(queries, asked))
+        effect = torch.zeros(_count(queries, asked), dtype=torch.float32)
         for block in asked.blocks(len(effect), _same_for_all(queries), with_effects=True):
             assert block.effects is not None
             effect[block.queries] += block.effects.sum(1).cpu()
@@ -272,11 +272,11 @@ def _collected(
     answer: AnswerOfLayer = PreparedLayer.scores,
 ) -> dict[str, Tensor]:
     """All scores, by group of layers, [q, n] or [q, n, s]."""
-    result = {group_of(name): torch.zeros(count, len(asked.places)) for name in asked.layers}
+    result = {group_of(name): torch.zeros(count, len(asked.places), dtype=torch.float32) for name in asked.layers}
     for block in asked.blocks(count, queries_of, group_of=group_of, answer=answer):
         for group, scores in block.scores.items():
             if scores.ndim > result[group].ndim:
-                result[group] = torch.zeros(count, len(asked.places), scores.shape[2])
+                result[group] = torch.zeros(count, len(asked.places), scores.shape[2], dtype=torch.float32)
             result[group][block.queries][:, asked.places.columns(block.part)] = scores.cpu()
     return result
 

@@ -68,13 +68,13 @@ class OpenSegment:
 
     @cached_property
     def _all_occurrences(self) -> Tensor:
-        return self._occurrences.sum()
+        return self._occurrences.sum().float()
 
     def removal_shares(self, rows: slice | np.ndarray) -> Tensor:
         """What some examples' scores count for their removal, [n] or []."""
         if self.store.attributes.get("trajectory") == "merge":
-            return torch.tensor(float(self.store.attributes["epochs_merged"])) / self._all_occurrences
-        return self._occurrences[rows] / self._all_occurrences
+            return float(self.store.attributes["epochs_merged"]) / self._all_occurrences
+        return self._occurrences[rows].float() / self._all_occurrences
 
     def decoded(self, name: str, indices: np.ndarray) -> DenseGradient:
         """A layer's rows as gradients [m, o, i], zero where there is none."""

@@ -36,7 +36,7 @@ class TruncatedQueries:
         units = (matrices / size).where(has_size, 0.0)  # so that no square leaves float32
         generator = torch.Generator().manual_seed(0)
         width = min(rank + MORE, *matrices.shape[1:])
-        start = torch.randn(matrices.shape[2], width, generator=generator).to(matrices)
+        start = torch.randn(matrices.shape[2], width, generator=generator, dtype=torch.float32).to(matrices)
         left = torch.linalg.qr(units @ start).Q  # [q, o, r + more]
         for _ in range(ITERATIONS):
             left = torch.linalg.qr(units @ torch.linalg.qr(units.mT @ left).Q).Q

@@ -40,7 +40,7 @@ from lightning_influence.training.surroundings import (
 )
 from lightning_influence.training.tracking import LayerTracking
 
-NO_LOSS = torch.zeros(())
+NO_LOSS = torch.zeros((), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

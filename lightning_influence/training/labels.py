@@ -106,7 +106,9 @@ class LabelCapture:
 
     def _keep(self, gradients: Mapping[str, LayerGradient]) -> None:
         """A copy: the model may use its activations' memory again."""
-        self._kept.append({name: gradient.rescaled(torch.ones(())) for name, gradient in gradients.items()})
+        self._kept.append(
+            {name: gradient.rescaled(torch.ones((), dtype=torch.float32)) for name, gradient in gradients.items()}
+        )
 
     def _hand_over(self) -> None:
         assert self._passes is not None

@@ -178,7 +178,7 @@ def rank_agreement(
         return Agreement(note=f"only {examples} examples")
     largest = max(layer.Lambda.numel() for layer in layers.values())
     queries = min(QUERIES, examples, max(4, 4 * CHUNK_ELEMENTS // largest))
-    scores = torch.zeros(3, queries, examples)
+    scores = torch.zeros(3, queries, examples, dtype=torch.float32)
     for name, layer in layers.items():
         inverse = get_curvature("ekfac").inverse_eigenvalues(layer.basis, layer.Lambda, HeuristicDamping(0.1))
         asked = layer.basis.rotate(final[name][:queries]) * inverse

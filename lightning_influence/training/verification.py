@@ -56,7 +56,9 @@ class GradientCheck:
         self._layers = layers
         self._projections = {
             name: tuple(
-                torch.randn(width, PROJECTIONS, generator=generator).to(layer.parameters["weight"].device)
+                torch.randn(width, PROJECTIONS, generator=generator, dtype=torch.float32).to(
+                    layer.parameters["weight"].device
+                )
                 for width in layer.shape
             )
             for name, layer in layers.items()
@@ -95,7 +97,9 @@ class GradientCheck:
             tolerance = TOLERANCES.get(parts[0].dtype, HALF_TOLERANCE) if parts else 0.0
             look.after[name] = after
             look.local[name] = torch.stack([before[name], captured.sum(0), captured.abs().sum(0)])
-            look.tolerances[name] = torch.tensor([tolerance, float(bool(parts))], device=after.device)
+            look.tolerances[name] = torch.tensor(
+                [tolerance, float(bool(parts))], device=after.device, dtype=torch.float32
+            )
         self._looks.append(look)
 
     def mismatches(self, processes: Processes = ALONE) -> dict[str, float] | None:

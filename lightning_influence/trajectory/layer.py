@@ -72,7 +72,7 @@ class LayerTrajectory:
     def summed(self, rows: np.ndarray) -> LayerGradient:
         """The weighted sum over the epochs of some examples' gradients."""
         pairs: list[FactoredGradient] = []
-        dense = torch.zeros(len(rows) if self._is_dense else 0, *self._plan.shape)
+        dense = torch.zeros(len(rows) if self._is_dense else 0, *self._plan.shape, dtype=torch.float32)
         for epoch, times, share in zip(self._epochs, self._examples.times_of(rows), self._shares, strict=True):
             factors = torch.from_numpy(times * share).float()
             if not factors.any():
@@ -93,7 +93,10 @@ class LayerTrajectory:
             return DenseGradient(dense)
         if not pairs:  # nobody has seen them
             o, i = self._plan.shape
-            return FactoredGradient(torch.zeros(len(rows), 1, i), torch.zeros(len(rows), 1, o))
+            return FactoredGradient(
+                torch.zeros(len(rows), 1, i, dtype=torch.float32),
+                torch.zeros(len(rows), 1, o, dtype=torch.float32),
+            )
         return FactoredGradient(
             torch.cat([own.inputs for own in pairs], dim=1), torch.cat([own.output_grads for own in pairs], dim=1)
         )
@@ -117,7 +120,8 @@ class LayerTrajectory:
     def mean_squares(self, basis: Eigenbasis) -> Tensor:
         """Lambda: mean squared coordinates, averaged over the epochs; of each other examples are drawn."""
         o, i = basis.shape
-        total, epochs, size = torch.zeros(basis.shape), 0, max(LAMBDA_EXAMPLES, self._share_of(LAMBDA_GRADIENTS))
+        total, epochs = torch.zeros(basis.shape, dtype=torch.float32), 0
+        size = max(LAMBDA_EXAMPLES, self._share_of(LAMBDA_GRADIENTS))
         if self._plan.codec == "dense":  # each is rotated whole
             size = min(size, max(LAMBDA_AT_LEAST, self._share_of(LAMBDA_PRODUCTS // (o * i * (o + i)))))
         for number, seen in self._drawn(size):

@@ -314,7 +314,7 @@ def _scores(
     step = trajectory.chunk_examples
     queries = torch.cat([layer.basis.rotate(part) * inverse for part in trajectory.last(asked)])
     projected, back = layer.codec.project(queries, layer.basis), layer.basis.rotate_back(queries)
-    scores = torch.zeros(2, len(asked), len(sample))
+    scores = torch.zeros(2, len(asked), len(sample), dtype=torch.float32)
     for start in range(0, len(sample), step):
         part = slice(start, start + step)
         rows = trajectory.summed(sample[part])

@@ -95,7 +95,7 @@ class StoredEpoch:
         """Second moments, in the segment's own basis, of what rows do not hold, [o, i]."""
         layer = self.layers[name]
         if not isinstance(layer.codec, EigenCodec):
-            return torch.zeros(layer.basis.shape)
+            return torch.zeros(layer.basis.shape, dtype=torch.float32)
         return layer.Lambda.flatten().index_fill(0, layer.codec.coordinates, 0.0).view(layer.basis.shape)
 
     def cut_off_in(self, name: str, basis: Eigenbasis) -> Tensor:
@@ -231,7 +231,7 @@ def _parts(rows: np.ndarray, shape: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def _mean_squares(name: str, basis: Eigenbasis, epochs: list[StoredEpoch], examples: Examples) -> Tensor:
     """Lambda, averaged over the epochs that saw any examples."""
-    total, counted = torch.zeros(basis.shape), 0
+    total, counted = torch.zeros(basis.shape, dtype=torch.float32), 0
     for number, epoch in enumerate(epochs):
         seen = examples.sample_in(number, max(LAMBDA_EXAMPLES, -(-LAMBDA_GRADIENTS // len(epochs))))
         if not len(seen):
@@ -245,7 +245,7 @@ def _mean_squares(name: str, basis: Eigenbasis, epochs: list[StoredEpoch], examp
 
 def _summed(name: str, epochs: list[StoredEpoch], rows: np.ndarray, times: list[np.ndarray]) -> Tensor:
     """The weighted sum over segments of some examples' gradients, [n, o, i]."""
-    total = torch.zeros(len(rows), *epochs[-1].layers[name].basis.shape)
+    total = torch.zeros(len(rows), *epochs[-1].layers[name].basis.shape, dtype=torch.float32)
     for epoch, seen in zip(epochs, times, strict=True):
         factors = torch.from_numpy(seen * epoch.share).float()
         if factors.any():

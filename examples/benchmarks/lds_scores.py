@@ -19,6 +19,18 @@ from torch import Tensor
 
 from lightning_influence.metrics import bootstrap_rank_correlations, rank_correlations, split_half_reliability
 
+DRAWN = (  # families, one colour each
+    "every epoch, merged",
+    "every 2nd epoch, merged",
+    "every 3rd epoch, merged",
+    "first half of the epochs, merged",
+    "last third of the epochs, merged",
+    "every epoch, segments",
+    "final epoch",
+    "kronfluence EK-FAC",
+    "kronfluence K-FAC",
+    "gradient dot product",
+)
 REFERENCE = ("final epoch", "uncompressed")  # family and variant that the others are compared with
 
 
@@ -218,13 +230,14 @@ def draw(file: Path, picture: Path) -> None:
     stored = json.loads(file.read_text())
     tasks = [name for name in TASKS if name in stored]
     figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.4), squeeze=False)
-    families: dict[str, str] = {}  # the same colour in every panel
     for panel, name in zip(panels[0], tasks, strict=True):
         by_family: dict[str, list[Result]] = {}
         for result in best([Result(**entry) for entry in stored[name]["results"]]):
             by_family.setdefault(result.family, []).append(result)
-        for family, points in by_family.items():
-            color = families.setdefault(family, f"C{len(families) % 10}")
+        for number, family in enumerate(DRAWN):
+            color, points = f"C{number}", by_family.get(family, [])
+            if not points:
+                continue
             if len(points) == 1 and not points[0].variant:  # a baseline, without a file of its own
                 panel.axhline(points[0].lds, color=color, linestyle="--", linewidth=1, label=family)
                 continue
@@ -239,6 +252,6 @@ def draw(file: Path, picture: Path) -> None:
     for panel in panels[0]:
         handles.update({label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)})
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
     figure.savefig(picture, dpi=130)
     print(f"picture: {picture}")

@@ -95,9 +95,9 @@ class InfluenceCallback(Callback):
             where that is more.
         covariance_positions: of layers used on sequences or images, how many positions of each example enter
             the covariances from which the eigenbasis is made, drawn with a fixed seed among those that carry
-            gradient; None takes all. Rows do not depend on it, merged ones least of all, which have no such
-            covariances; eigenvalues only as they do on the basis
-            (`examples/benchmarks/covariance_positions.py` measures what it does to scores).
+            gradient; None takes all. Rows do not depend on it, eigenvalues only as they do on the basis
+            (`examples/benchmarks/covariance_positions.py` measures what it does to scores). Epochs that are
+            merged have no such covariances.
         on_error: "warn": a failure of ours ends capture with one warning, and training goes on;
             "raise": it ends training.
         index_fn: a function from a batch to the dataset index of each row, for data whose sampler

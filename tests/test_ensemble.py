@@ -167,6 +167,13 @@ def test_predict_answers_as_top_k(models, tmp_path, precision):
     torch.testing.assert_close(torch.cat([each.scores for each in found]).float(), expected.scores)
 
 
+def test_predict_refuses_options_that_top_k_does_not_have(models, batch):
+    ensemble = InfluenceModule.ensemble(models)
+    ensemble.query_options = {"dampening": 1.0}
+    with pytest.raises(ValueError, match=r"arguments of `top_k`, .* got 'dampening'"):
+        ensemble.predict_step(batch)
+
+
 def test_a_table_has_the_labels(models, batch):
     ensemble = InfluenceModule.ensemble(models)
     found = ensemble.top_k(batch, 4)

@@ -361,10 +361,16 @@ def measure(workload: Workload) -> list[tuple[Fit, Fit]]:
     return pairs
 
 
+def captured_epochs() -> list[int]:
+    """Of `--captured every` or a number, but for the first epoch, which warms up."""
+    every = 1 if args.captured == "every" else int(args.captured)
+    return [number for number in range(1, args.epochs) if (args.epochs - 1 - number) % every == 0]
+
+
 def print_ratios(workload: Workload, pairs: Sequence[tuple[Fit, Fit]]) -> None:
     """Medians over pairs, with the spread, and the fastest of all."""
     rows: dict[str, Callable[[Fit], list[Moment]]] = {
-        "a captured epoch": lambda fit: fit.epochs[1:],
+        "a captured epoch": lambda fit: [fit.epochs[number] for number in captured_epochs()],
     }
     if args.captured == "last":
         rows = {

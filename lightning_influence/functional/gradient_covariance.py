@@ -67,12 +67,10 @@ class GradientCovariance:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """A and S over everything seen, in the shapes that the structure gives."""
-        S = self._S / max(self._weight, torch.finfo().tiny)
-        traces = S.diagonal(dim1=-2, dim2=-1).sum(-1) if self._structure.full_S else S.sum(-1)
-        traces = traces.clamp(min=torch.finfo().tiny)  # [] or [g]
-        return self._A / max(self._weight, torch.finfo().tiny), S / traces.view(
-            *traces.shape, *[1] * (S.ndim - traces.ndim)
-        )
+        S = self._S
+        traces = S.diagonal(dim1=-2, dim2=-1).sum(-1) if self._structure.full_S else S.sum(-1)  # [] or [g]
+        traces = traces.where(traces > 0, 1).view(*traces.shape, *[1] * (S.ndim - traces.ndim))
+        return self._A / (self._weight or 1.0), S / traces
 
     def _probes(self, n: int, y: int) -> Tensor:
         """Of n examples, [n, y, probes]: those of neighbours are the same numbers, a place further on."""

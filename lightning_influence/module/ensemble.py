@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_influence.errors import QueryError
 from lightning_influence.exports import UNKNOWN_LABEL, example_labels, ranked_columns
 from lightning_influence.functional.ranking import top_k
+from lightning_influence.module.hosted import checked_options
 from lightning_influence.query import Attribution, GroupAttribution, Groups, Subset
 from lightning_influence.query.places import as_indices
 from lightning_influence.segments import answerable, weighted_segments
@@ -145,7 +146,7 @@ class InfluenceEnsemble(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
         """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
-        return self.top_k(batch, **self.query_options)
+        return self.top_k(batch, **checked_options(self.query_options))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The batch as it is: each model prepares and moves it as in its training."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,6 +23,20 @@ from lightning_influence.training.asking import Measurement, example_gradients, 
 TOP_K_OPTIONS = frozenset({"k", "largest", "measurement"}) | ScoreOptions.__optional_keys__
 
 
+def checked_options(query_options: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `query_options`.
+
+    Raises:
+        ValueError: if one is no argument of `top_k`.
+    """
+    if unknown := query_options.keys() - TOP_K_OPTIONS:
+        raise ValueError(
+            f"`query_options` must be arguments of `top_k`, which are {', '.join(sorted(TOP_K_OPTIONS))}; got "
+            f"{', '.join(map(repr, sorted(unknown)))}."
+        )
+    return dict(query_options)
+
+
 class HostedModel(LightningModule):
     """Holds a trained model and its file, and makes the gradients of queries.
 
@@ -41,12 +55,7 @@ class HostedModel(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Attribution:
         """`top_k` of a batch with `query_options`; called by `trainer.predict`."""
-        options = dict(self.query_options)
-        if unknown := options.keys() - TOP_K_OPTIONS:
-            raise ValueError(
-                f"`query_options` must be arguments of `top_k`, which are {', '.join(sorted(TOP_K_OPTIONS))}; got "
-                f"{', '.join(map(repr, unknown))}."
-            )
+        options = checked_options(self.query_options)
         k, largest = options.pop("k", 10), options.pop("largest", True)
         self._engine().check_k(k, options.get("segments"))
         gradients = self._gradients(batch, options.pop("measurement", None))

@@ -12,8 +12,7 @@ decaying schedule, a step's would weigh examples by their place in the shuffled 
 example, or had no finite gradient of it, adds nothing to its row.
 
 Curvature is the plain mean over the epochs. Its basis is that of the gradients' own covariances
-(`functional.gradient_covariance`), made of rows alone. Both predict retraining better than K-FAC's basis and than
-means weighted by learning rates (`examples/benchmarks/lds.py`).
+(`functional.gradient_covariance`), made of rows alone.
 """
 
 from __future__ import annotations

@@ -98,3 +98,14 @@ def test_the_product_has_the_trace_of_the_fisher_block() -> None:
 def test_a_layer_without_any_gradient_has_finite_covariances() -> None:
     for found in (*summed(DenseGradient(torch.zeros(3, 2, 2))), *GradientCovariance((2, 2)).compute()):
         assert not found.any()
+
+
+def test_without_any_gradient_they_are_finite_with_float64_as_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for found in summed(DenseGradient(torch.zeros(3, 2, 2, dtype=torch.float32))):
+            assert found.dtype == torch.float32
+            assert not found.any()
+    finally:
+        torch.set_default_dtype(before)
